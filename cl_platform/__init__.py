@@ -1,0 +1,1 @@
+"""Continual learning of image classifiers on pretrained backbones."""

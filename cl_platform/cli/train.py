@@ -1,0 +1,139 @@
+"""``python train.py``: compose the configuration, run, print the closing table."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys
+from cl_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from cl_platform.run import RunResult
+
+
+def main() -> None:
+    """Entry point of ``train.py``; ends the process with a documented exit code."""
+    sys.exit(train(sys.argv[1:]))
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Run what the arguments ask for.
+
+    Returns:
+        0 done, 2 the user's input, 70 a bug of ours, 130 or 143 after Ctrl-C or SIGTERM.
+    """
+    overrides = [a for a in arguments if not a.startswith("-")]
+    debug = any(a.lower() == "debug=true" for a in overrides)
+    try:
+        check_choices(overrides if "-m" not in arguments and "--multirun" not in arguments else [])
+        return _with_hydra(list(arguments), overrides)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except SystemExit as error:
+        return int(error.code or 0)
+    except Exception as error:
+        return _our_fault(error)
+
+
+def _our_fault(error: Exception) -> int:
+    traceback.print_exc()
+    print(
+        f"error: this is a fault of cl_platform ({type(error).__name__}); please report the lines above with your command",
+        file=sys.stderr,
+    )
+    return 70
+
+
+def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
+    """Hand over to Hydra, which also knows ``--help``, ``--cfg`` and ``--multirun``."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    codes: list[int] = []
+
+    @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
+    def job(cfg: Any) -> None:
+        codes.append(_one_run(OmegaConf.to_container(cfg, resolve=True), arguments))
+
+    argv, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides, flat_keys(compose())) from error
+    finally:
+        sys.argv = argv
+        if before is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+    return max(codes, default=0)
+
+
+def _one_run(raw: Any, arguments: Sequence[str]) -> int:
+    from cl_platform.callbacks.interruption import Interrupted
+    from cl_platform.run import run
+    from cl_platform.run_config import parse
+
+    _print_log()
+    config = parse(raw)
+    try:
+        result = run(config)
+    except Interrupted as stop:
+        again = " ".join(["python train.py", *(a for a in arguments if not a.startswith("resume=")), "resume=auto"])
+        print(f"stopped; to go on after the last finished task: {again}", file=sys.stderr)
+        return stop.exit_code
+    _print_table(result)
+    return 0
+
+
+def _print_log() -> None:
+    log = logging.getLogger("cl_platform")
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if not any(type(h) is logging.StreamHandler for h in log.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+def _print_table(result: RunResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="Results", title_justify="left")
+    for label, key in ROWS:
+        entry = result.metrics[key]
+        shown = f"{100 * entry['value']:.2f} %" if entry["value"] is not None else f"- ({entry['reason']})"
+        table.add_row(label, shown)
+    cost = result.cost
+    speed = cost["samples_per_second"]
+    table.add_row("seconds", f"{cost['seconds_total']:.1f}")
+    table.add_row("training samples/s", f"{speed:.0f}" if speed else "-")
+    table.add_row("trainable parameters", f"{cost['params_trainable']:,}")
+    console = Console()
+    console.print(table)
+    console.print(f"run folder: {result.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+ROWS = (
+    ("final average accuracy", "acc"),
+    ("average incremental accuracy", "aia"),
+    ("forgetting", "forgetting"),
+    ("backward transfer (BWT)", "bwt"),
+)

@@ -1,0 +1,136 @@
+"""From a plain mapping to a typed, range-checked dataclass, with an error that names the key as the user typed it.
+
+A configuration is a frozen dataclass. Field metadata may hold ``min``, ``max`` (inclusive), ``above`` (exclusive
+lower bound) and ``choices``; see :func:`setting`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union
+
+from cl_platform.errors import UserError, nearest
+
+C = TypeVar("C")
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str = "",
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    factory: Any = dataclasses.MISSING,
+) -> Any:
+    """A dataclass field with a one-line doc, a range (``min``/``max`` inclusive, ``above`` exclusive) or choices."""
+    metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices}
+    if factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C:
+    """Build the dataclass ``cls`` from ``values``.
+
+    Args:
+        cls: a dataclass; nested dataclasses are built from nested mappings.
+        values: plain Python values as they come from yaml; ``None`` counts as empty.
+        prefix: where the values stand in the whole configuration, for messages (``strategy.coda_prompt``).
+
+    Raises:
+        UserError: an unknown key (with the nearest one), a missing key, a wrong type, a value out of range.
+    """
+    values = dict(values or {})
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if name not in fields:
+            near = nearest(name, fields)
+            todo = f"Did you mean {prefix + '.' if prefix else ''}{near[0]}" if near else "Remove it"
+            raise UserError(key, value, f"unknown key; known are {', '.join(sorted(fields)) or 'none'}", todo)
+        built[name] = _convert(value, hints[name], key)
+        _check_range(built[name], fields[name].metadata, key)
+    for name, field in fields.items():
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if missing and name not in built:
+            key = f"{prefix}.{name}" if prefix else name
+            raise UserError(key, None, f"a value is needed ({field.metadata.get('doc', name)})", f"Set {key}=...")
+    return cls(**built)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        members = [a for a in args if a is not type(None)]
+        for exact in members:  # a member that the value already is wins over one it could be turned into
+            if isinstance(exact, type) and type(value) is exact:
+                return value
+        for member in members[:-1]:
+            try:
+                return _convert(value, member, key)
+            except UserError:
+                continue
+        return _convert(value, members[-1], key)
+    if dataclasses.is_dataclass(hint):
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(key, value, "must be a group of keys", f"Set keys below it, such as {key}.KEY=VALUE")
+        return typed(typing.cast(type, hint), value, key)
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise UserError(key, value, "must be a list", f"Write {key}=[...]")
+        return origin(_convert(v, args[0] if args else Any, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(key, value, "must be a group of keys", f"Set keys below it, such as +{key}.KEY=VALUE")
+        return dict(value)
+    return _convert_scalar(value, hint, key)
+
+
+def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)  # yaml reads 1e-3 as a string
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    raise UserError(key, value, f"must be {words.get(hint, hint)}", f"Change {key}")
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any], key: str) -> None:
+    if value is None:
+        return
+    choices = metadata.get("choices")
+    if choices is not None and value not in choices:
+        near = nearest(str(value), map(str, choices))
+        todo = f"Did you mean {near[0]}" if near else "Choose one of them"
+        raise UserError(key, value, f"must be one of {', '.join(map(str, choices))}", todo)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    low, high, above = metadata.get("min"), metadata.get("max"), metadata.get("above")
+    if low is not None and value < low:
+        raise UserError(key, value, f"must be at least {low}", f"Raise {key}")
+    if above is not None and value <= above:
+        raise UserError(key, value, f"must be above {above}", f"Raise {key}")
+    if high is not None and value > high:
+        raise UserError(key, value, f"must be at most {high}", f"Lower {key}")

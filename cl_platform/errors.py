@@ -1,0 +1,43 @@
+"""The one exception that becomes one line and exit code 2, and the search for near names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Names of ``known`` that look most like ``name``, best first, at most ``count`` of them."""
+    return difflib.get_close_matches(str(name), sorted(set(known)), n=count, cutoff=0.45)
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: printed as one line, without a traceback.
+
+    Args:
+        key: the configuration key as the user typed it, for example ``scenario.num_tasks``.
+        value: what was given.
+        allowed: what would have been accepted, as part of a sentence.
+        what_to_do: the next step for the user, a sentence without its full stop.
+        exit_code: the process's exit code, 2 for the user's input.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str, what_to_do: str, exit_code: int = 2) -> None:
+        self.key = key
+        self.value = value
+        self.allowed = allowed
+        self.what_to_do = what_to_do
+        self.exit_code = exit_code
+        super().__init__(key, value, allowed, what_to_do)
+
+    def __str__(self) -> str:
+        line = f"{self.key}={self.value}: {self.allowed}. {self.what_to_do}."
+        return " ".join(line.split())
+
+
+def unknown_name(key: str, value: str, known: Iterable[str]) -> UserError:
+    """A ``UserError`` for a name that is not among ``known``, with the nearest names first."""
+    names = sorted(set(known))
+    near = nearest(value, names)
+    hint = f"Did you mean {' or '.join(near)}" if near else "Choose one of them"
+    return UserError(key, value, f"unknown; known are {', '.join(names) or 'none'}", hint)

@@ -1,0 +1,294 @@
+"""The learner: a backbone, a head and the strategies, trained by Lightning. No method's name appears here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cl_platform.backbones import Backbone
+from cl_platform.backbones.feature_cache import FeatureCache
+from cl_platform.batch import Batch
+from cl_platform.errors import UserError
+from cl_platform.heads import Head
+from cl_platform.optimizers import OptimizerConfig, build_optimizer, schedule_factor
+from cl_platform.random_streams import stream, stream_seed
+from cl_platform.scenarios import ImageSet, Stream, Task, Transforms
+from cl_platform.strategies.base import Context, Step
+from cl_platform.strategies.composition import Composition
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """What the learner needs beside its parts.
+
+    Attributes:
+        seed: the run's seed.
+        batch_size: training images of an update, for learning rates that scale with it.
+        head_init: see :class:`~cl_platform.heads.Head`.
+        cache_bytes: bound on kept features.
+        log_every: updates between two logged losses.
+    """
+
+    seed: int = 0
+    batch_size: int = 16
+    head_init: str = "trunc_normal"
+    cache_bytes: int = 2**30
+    log_every: int = 10
+
+
+class ContinualLearner(L.LightningModule):
+    """Learns the tasks of a stream one after the other.
+
+    Args:
+        backbone: features of images; frozen in any task in which no strategy trains it.
+        composition: the strategies.
+        transforms: from uint8 images to the backbone's input.
+        stream: facts about the scenario (classes, setting, length).
+        optimizer: made anew for each task.
+        options: see :class:`LearnerOptions`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        composition: Composition,
+        transforms: Transforms,
+        stream: Stream,
+        optimizer: OptimizerConfig,
+        options: LearnerOptions,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.composition, self.transforms = backbone, composition, transforms
+        self.optimizer_config, self.options = optimizer, options
+        self.setting = stream.setting
+        self.head = Head(backbone.feature_dim, options.seed, options.head_init)
+        self.cache = FeatureCache(
+            backbone, transforms.evaluate, transforms.id, options.cache_bytes, autocast=self.precision_context
+        )
+        context = Context(
+            backbone=backbone,
+            head=self.head,
+            cache=self.cache,
+            seed=options.seed,
+            num_tasks=len(stream.tasks),
+            num_classes=stream.num_classes,
+            setting=stream.setting,
+            autocast=self.precision_context,
+            train_transform_is_fixed=transforms.deterministic,
+        )
+        composition.attach(context)
+        self.task: Task | None = None
+        self.learnt: list[int] = []
+        self.epochs = 1
+        self.step_in_task = 0
+        self.forwards_train = 0
+        self._first_epoch = 0
+        self._last_step: Step | None = None
+        self._train_query: Tensor | None = None
+
+    def precision_context(self) -> AbstractContextManager[Any]:
+        """The run's autocast region, or none outside a trainer."""
+        trainer = self._trainer
+        return trainer.precision_plugin.forward_context() if trainer is not None else nullcontext()
+
+    # -- a task's life ----------------------------------------------------------------------------------------------
+
+    def begin_task(self, task: Task, epochs: int, first_epoch: int = 0) -> None:
+        """Grow head and strategies, and freeze whatever no strategy trains in this task.
+
+        Args:
+            task: what comes next.
+            epochs: epochs it will be trained for.
+            first_epoch: epochs that the run has behind it.
+        """
+        self.task, self.epochs, self._first_epoch, self.step_in_task = task, epochs, first_epoch, 0
+        self.head.begin_task(task.task_id, task.classes)
+        self.composition.begin_task(task)
+        self.groups = [] if not self.composition.needs_gradient else self.composition.trainable()
+        trained = {id(p) for group in self.groups for p in group.parameters}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        if any(p.requires_grad for p in self.backbone.parameters()):
+            trained_backbone = [p for p in self.backbone.parameters() if p.requires_grad]
+            self.backbone.unfreeze()
+            chosen = {id(p) for p in trained_backbone}
+            for parameter in self.backbone.parameters():
+                parameter.requires_grad_(id(parameter) in chosen)
+        else:
+            self.backbone.freeze()
+        self.cache.refresh()
+        self._train_query = None
+        reads_kept = self.composition.query == "only" or self.transforms.deterministic
+        if self.composition.query != "none" and reads_kept and self.composition.needs_gradient:
+            self._train_query = self.cache.features(task.task_id, "train", task.train)
+
+    def end_task(self, task: Task) -> None:
+        """Consolidate; the task counts as learnt from here on."""
+        self.composition.end_task(task)
+        self.learnt.append(task.task_id)
+        self._train_query = None
+        self._last_step = None
+        self.cache.refresh()
+
+    def trainable_parameters(self) -> int:
+        """Numbers that the current task trains."""
+        return sum(p.numel() for group in self.groups for p in group.parameters)
+
+    # -- Lightning --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """A new optimizer and schedule over what the current task trains."""
+        optimizer = build_optimizer(self.optimizer_config, self.groups, self.options.batch_size)
+        factor = schedule_factor(self.optimizer_config.schedule, self.epochs)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch; a frozen dataclass is not moved by Lightning itself."""
+        return batch.to(device, non_blocking=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed what draws from the global generator (dropout, drop path) by (task, epoch)."""
+        assert self.task is not None
+        seed = stream_seed(self.options.seed, self.task.task_id, "dropout", self.epoch_in_task)
+        torch.manual_seed(seed)
+
+    @property
+    def epoch_in_task(self) -> int:
+        """Epoch inside the current task, from 0."""
+        return self.current_epoch - self._first_epoch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step: transform, widen, forward, sum of the strategies' losses."""
+        assert self.task is not None
+        batch = self.composition.widen(self._prepared(batch, batch_idx))
+        features = self.composition.features(batch)
+        step = Step(
+            batch=batch,
+            features=features,
+            logits=self.head(features),
+            seen_classes=self.head.classes,
+            task=self.task,
+            epoch=self.epoch_in_task,
+            step_in_task=self.step_in_task,
+        )
+        self._last_step = step
+        terms = self.composition.losses(step)
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        self._log_losses(loss, terms)
+        return loss
+
+    def _prepared(self, batch: Batch, batch_idx: int) -> Batch:
+        assert self.task is not None
+        query = self.composition.query
+        if query != "only":
+            generator = stream(self.options.seed, self.task.task_id, "augment", self.epoch_in_task, batch_idx)
+            raw = batch.images
+            batch = batch.replace(images=self.transforms.train(raw, generator)).with_extra(raw=raw)
+            self.forwards_train += len(batch)
+        if query == "none":
+            return batch
+        if self._train_query is not None:
+            return batch.with_extra(query=self._train_query[batch.extra["row"]])
+        with torch.no_grad():
+            self.forwards_train += len(batch)
+            return batch.with_extra(query=self.backbone(batch.images).float())
+
+    def _log_losses(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        if self.global_step % self.options.log_every or not self.trainer.loggers:
+            return
+        values = {"train/loss": loss, **{f"train/loss_{name}": value for name, value in terms.items()}}
+        numbers = {name: float(value.detach()) for name, value in values.items()}
+        if not all(torch.isfinite(torch.tensor(v)) for v in numbers.values()):
+            raise UserError(
+                "optimizer.lr", self.optimizer_config.lr, f"the loss is not finite at step {self.global_step}", "Lower it"
+            )
+        for logger in self.trainer.loggers:
+            logger.log_metrics(numbers, step=self.global_step)
+
+    def on_after_backward(self) -> None:
+        """Strategies' gradient surgery."""
+        assert self._last_step is not None
+        self.composition.after_backward(self._last_step)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The update, and the strategies' work right after it."""
+        super().optimizer_step(*args, **kwargs)
+        assert self._last_step is not None
+        self.composition.after_update(self._last_step)
+        self.step_in_task += 1
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Evaluation mode without gradients; every module's own mode is put back afterwards."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def logits_of(self, task_id: int, split: str, image_set: ImageSet, rows: Tensor) -> Tensor:
+        """Logits (b, S) over :meth:`seen_classes` for some rows of an image set; call inside :meth:`answering`.
+
+        The id names the cache entry of the images only; what answers never sees it.
+        """
+        extra = {}
+        if self.composition.query != "none":
+            extra["query"] = self.cache.features(task_id, split, image_set)[rows.to(self.device)]
+        if self.composition.query == "only":
+            images = torch.empty(len(rows), 0, device=self.device)
+        else:
+            images = self.transforms.evaluate(image_set.images(rows).to(self.device))
+        return self._answer(images, extra)
+
+    def logits_of_images(self, images: Tensor) -> Tensor:
+        """Logits (b, S) for new uint8 images (b, 3, H, W)."""
+        with self.answering():
+            ready = self.transforms.evaluate(images.to(self.device))
+            extra = {}
+            if self.composition.query != "none":
+                with self.precision_context():
+                    extra["query"] = self.backbone(ready).float()
+            return self._answer(ready, extra)
+
+    def _answer(self, images: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        nothing = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
+        batch = Batch(images, nothing, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), extra)
+        with self.precision_context():
+            return self.composition.predict(batch).float()
+
+    def seen_classes(self) -> list[int]:
+        """Class ids of the columns of the logits, ascending."""
+        return self.composition.seen_classes()
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def learnt_state(self) -> dict[str, Tensor]:
+        """All that was learnt: the state without a frozen backbone's weights, which their digest stands for."""
+        state = self.state_dict()
+        if self.backbone.frozen:
+            state = {name: value for name, value in state.items() if not name.startswith("backbone.")}
+        return state
+
+    def load_learnt_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`learnt_state` gave, in a newly built learner.
+
+        Raises:
+            UserError: keys are missing or left over.
+        """
+        result = self.load_state_dict(state, strict=False)
+        missing = [k for k in result.missing_keys if not k.startswith("backbone.")]
+        if missing or result.unexpected_keys:
+            names = ", ".join([*missing, *result.unexpected_keys][:3])
+            raise UserError("resume", names, "the checkpoint does not fit this configuration", "Start without resume")

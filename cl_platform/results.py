@@ -1,0 +1,94 @@
+"""The run's accuracy matrices, and what they become: a csv, curves, a line per task, ``metrics.json``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cl_platform.evaluation import Counts, spaces_of
+from cl_platform.metrics import AccuracyMatrix, average_curve, summarise
+from cl_platform.metrics.results import entry
+
+if TYPE_CHECKING:
+    from cl_platform.scenarios import Stream
+
+
+class Results:
+    """Counts of every evaluation so far, one matrix per prediction space.
+
+    Args:
+        stream: the tasks.
+        trains_once: all tasks are trained on together, so that only the last row of a matrix is filled.
+    """
+
+    def __init__(self, stream: Stream, trains_once: bool = False) -> None:
+        self._tasks = stream.tasks
+        self._spaces = spaces_of(stream.setting)
+        self._row_reason = "joint_trains_once" if trains_once else None
+        ids = [task.task_id for task in stream.tasks]
+        self._matrices = {space: AccuracyMatrix(space, list(ids)) for space in self._spaces}
+
+    @property
+    def primary(self) -> AccuracyMatrix:
+        """The matrix of the scenario's own prediction space."""
+        return self._matrices[self._spaces[0]]
+
+    def add(self, position: int, counts: Counts) -> None:
+        """Add the evaluation after the task at ``position``; columns beyond it are tasks not learnt yet."""
+        ids = [task.task_id for task in self._tasks[: len(counts.total)]]
+        for space, matrix in self._matrices.items():
+            cells = dict(zip(ids, zip(counts.correct[space], counts.total, strict=True), strict=True))
+            pooled = dict(zip(ids[: position + 1], counts.cumulative, strict=False)) if space == "cil" else None
+            per_class = counts.per_class if space == self._spaces[0] else None
+            matrix.append_row(self._tasks[position].task_id, cells, pooled, per_class)
+
+    def csv(self) -> str:
+        """Text of ``accuracy_matrix.csv`` in the primary space."""
+        return self.primary.to_csv()
+
+    def curves(self, position: int) -> dict[str, float]:
+        """Scalars for the loggers after the task at ``position``: per-task accuracies and their mean."""
+        values = {}
+        for column in range(position + 1):
+            value = self.primary.accuracy(position, column)
+            if value is not None:
+                values[f"accuracy/task_{self.primary.task_ids[column]:02d}"] = value
+        if values:
+            values["accuracy/seen_mean"] = sum(values.values()) / len(values)
+        return values
+
+    def line(self, position: int) -> str:
+        """One line about the tasks seen so far."""
+        shown = [self.primary.accuracy(position, j) for j in range(position + 1)]
+        cells = " ".join("-" if value is None else f"{100 * value:.1f}" for value in shown)
+        known = [value for value in shown if value is not None]
+        mean = 100 * sum(known) / len(known) if known else float("nan")
+        return f"after task {position + 1}/{len(self._tasks)}: mean {mean:.1f} %, per task {cells}"
+
+    def metrics(self, strategy_facts: dict[str, Any]) -> dict[str, Any]:
+        """Content of ``metrics.json``; what strategies say about themselves stands under ``strategy``."""
+        candidates = {space: self._candidates(space) for space in self._spaces}
+        summary = summarise(
+            self._matrices, self._spaces[0], row_reason=self._row_reason, candidates=candidates, extra=self._curve_entries()
+        )
+        return {**summary, "strategy": strategy_facts}
+
+    def _candidates(self, space: str) -> list[int]:
+        sizes, seen = [], set()
+        for task in self._tasks:
+            seen |= set(task.classes)
+            sizes.append(len(task.classes) if space == "til" else len(seen))
+        return sizes
+
+    def _curve_entries(self) -> dict[str, dict[str, Any]]:
+        return {
+            f"acc_curve_{space}": entry("1.1", list(average_curve(matrix)), space)
+            for space, matrix in self._matrices.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {space: matrix.to_dict() for space, matrix in self._matrices.items()}
+
+    def load_json(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`to_json` gave."""
+        self._matrices = {space: AccuracyMatrix.from_dict(state[space]) for space in self._spaces}

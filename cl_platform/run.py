@@ -1,0 +1,403 @@
+"""One run: configuration -> stream, learner, trainer; the loop over tasks is here and only here."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from cl_platform import environment
+from cl_platform.backbones import build_backbone, refuse_prompts, supports_prompts
+from cl_platform.callbacks.interruption import Interrupted, Interruption
+from cl_platform.callbacks.progress import StreamProgress
+from cl_platform.cost import Cost
+from cl_platform.errors import UserError
+from cl_platform.estimate import estimate_seconds
+from cl_platform.evaluation import count_correct
+from cl_platform.learner import ContinualLearner, LearnerOptions
+from cl_platform.loggers import build_loggers
+from cl_platform.results import Results
+from cl_platform.run_config import RunConfig, TrainerConfig
+from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, latest_run, new_run_path, to_json
+from cl_platform.scenarios import Stream, TaskLoader, Transforms, build_stream
+from cl_platform.strategies.composition import build_strategies
+from cl_platform.strategies.phases import Phase
+
+log = logging.getLogger("cl_platform")
+
+
+@dataclass
+class RunResult:
+    """What a finished run hands back.
+
+    Attributes:
+        path: the run folder.
+        metrics: content of ``metrics.json``.
+        cost: content of ``cost.json``.
+        learner: after the last task.
+        stream: the tasks.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    cost: dict[str, Any]
+    learner: ContinualLearner
+    stream: Stream
+
+
+def build_learner(config: RunConfig, stream: Stream) -> ContinualLearner:
+    """Backbone, head and strategies as configured; refuses what cannot work together.
+
+    Raises:
+        UserError: a backbone that the strategy cannot use, or a key out of range.
+    """
+    composition = build_strategies(config.strategy)
+    backbone = build_backbone(config.backbone, config.seed)
+    for strategy in composition.strategies:
+        if strategy.needs.prompts and supports_prompts(backbone) is not None:
+            raise refuse_prompts(backbone, strategy.name)
+    transforms = Transforms.from_scenario(config.scenario, backbone.input_size, backbone.mean, backbone.std)
+    options = LearnerOptions(
+        seed=config.seed,
+        batch_size=config.trainer.batch_size,
+        head_init=config.head.init,
+        cache_bytes=config.evaluation.cache_bytes,
+    )
+    return ContinualLearner(backbone, composition, transforms, stream, config.optimizer, options)
+
+
+def run(config: RunConfig) -> RunResult:
+    """Train, evaluate, save: everything that ``train.py`` does, as a function.
+
+    Raises:
+        UserError: for input that cannot be run; nothing is left on disk then.
+        Interrupted: Ctrl-C or SIGTERM, after the running step.
+    """
+    cost = Cost()
+    _quiet_libraries()
+    with cost.phase("data"):
+        stream = build_stream(config.scenario, config.data, config.seed)
+    _check_future(config, stream)
+    with cost.phase("setup"):
+        learner = build_learner(config, stream)
+        phases = learner.composition.arrange(stream.tasks)
+        _check_sizes(config.trainer, phases, learner)
+        path, checkpoint = _where(config)
+        folder = RunFolder(path)
+    try:
+        return _Run(config, stream, learner, phases, folder, cost).execute(checkpoint)
+    finally:
+        folder.close()
+
+
+class _Run:
+    """The parts of one run and the loop over its phases."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stream: Stream,
+        learner: ContinualLearner,
+        phases: list[Phase],
+        folder: RunFolder,
+        cost: Cost,
+    ) -> None:
+        self.config, self.stream, self.learner, self.phases = config, stream, learner, phases
+        self.folder, self.cost = folder, cost
+        self.results = Results(stream, trains_once=len(phases) == 1 and len(stream.tasks) > 1)
+        self.interruption = Interruption()
+        self.trained_epochs = 0
+        self.digest = learner.backbone.digest()
+
+    def execute(self, checkpoint: Checkpoint | None) -> RunResult:
+        handler = self._log_file()
+        try:
+            first = self._prepare(checkpoint)
+            self.interruption.install()
+            self._loop(first)
+            return self._finish()
+        except Interrupted:
+            self.progress.stop()
+            done = len(self.learner.learnt)
+            log.warning("stopped after %d of %d tasks", done, len(self.phases))
+            raise
+        finally:
+            self.interruption.remove()
+            log.removeHandler(handler)
+            handler.close()
+
+    def _log_file(self) -> logging.Handler:
+        handler = logging.FileHandler(self.folder.path / "run.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        return handler
+
+    def _prepare(self, checkpoint: Checkpoint | None) -> int:
+        """Trainer, bar, first files; the first phase to train."""
+        config, learner = self.config, self.learner
+        self.loggers = build_loggers(config.logger, self.folder.path)
+        self.trainer = build_trainer(config.trainer, self.loggers, [self.interruption])
+        learner.trainer = self.trainer
+        learner.to(self.trainer.strategy.root_device)
+        if checkpoint is None:
+            self.folder.remove_checkpoints()
+            self.folder.write("config.yaml", _yaml(config.raw))
+        else:
+            self._restore(checkpoint)
+        facts = environment.describe(config.seed, self.stream, learner.backbone, self.digest, learner.transforms.id)
+        self.folder.write("environment.json", to_json(facts))
+        first = 0 if checkpoint is None else checkpoint.state["phase"] + 1
+        planned = [self._updates(phase) for phase in self.phases]
+        self.progress = StreamProgress(sum(planned), len(self.phases), done=sum(planned[:first]))
+        if config.trainer.progress:
+            self.trainer.callbacks.append(self.progress)  # type: ignore[attr-defined]
+        seconds = estimate_seconds(learner, self.phases[first:], self.stream, self._epochs(), config.trainer.batch_size)
+        name = f"{config.strategy_name} on {self.stream.name}, {len(self.stream.tasks)} tasks"
+        log.info("%s: about %s of training; run folder %s", name, _duration(seconds), self.folder.path)
+        return first
+
+    def _epochs(self) -> int:
+        if not self.learner.composition.needs_gradient:
+            return 0
+        return 1 if self.stream.online else self.config.trainer.max_epochs
+
+    def _updates(self, phase: Phase) -> int:
+        batches = _batches(len(phase.task.train), self.config.trainer)
+        return self._epochs() * -(-batches // self.config.trainer.accumulate_grad_batches)
+
+    def _loop(self, first: int) -> None:
+        if self.config.trainer.progress:
+            self.progress.start()
+        for number in range(first, len(self.phases)):
+            phase = self.phases[number]
+            if phase.fresh:
+                self._start_afresh()
+            self.progress.begin_task(phase.position, self._task_name(phase))
+            with self.cost.phase("boundary"):
+                self.learner.begin_task(phase.task, self._epochs(), self.trained_epochs)
+            if self.learner.composition.needs_gradient:
+                self._fit(phase)
+            self.interruption.check()
+            with self.cost.phase("boundary"):
+                self.learner.end_task(phase.task)
+            self._evaluate(phase)
+            self._save(number, phase)
+            self.interruption.check()
+        self.progress.stop()
+
+    def _start_afresh(self) -> None:
+        self.learner = build_learner(self.config, self.stream)
+        self.learner.trainer = self.trainer
+        self.learner.to(self.trainer.strategy.root_device)
+
+    def _task_name(self, phase: Phase) -> str:
+        names = [self.stream.class_names[c] for c in phase.task.classes]
+        return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+    def _fit(self, phase: Phase) -> None:
+        config, epochs = self.config.trainer, self._epochs()
+        loader = TaskLoader(
+            phase.task.train, phase.task.task_id, config.batch_size, self.config.seed, drop_last=config.drop_last
+        )
+        self.trained_epochs += epochs
+        self.trainer.fit_loop.max_epochs = self.trained_epochs
+        before = self.trainer.global_step
+        with self.cost.phase("train"), _explained_memory(config):
+            self.trainer.fit(self.learner, train_dataloaders=loader)
+        self.cost.images_trained += len(phase.task.train) * epochs
+        self.cost.updates += self.trainer.global_step - before
+
+    def _evaluate(self, phase: Phase) -> None:
+        seen = self.stream.tasks if self.config.evaluation.future_tasks else self.stream.tasks[: phase.position + 1]
+        with self.cost.phase("eval_boundary"):
+            counts = count_correct(self.learner, seen)
+        self.results.add(phase.position, counts)
+        self.folder.write("accuracy_matrix.csv", self.results.csv())
+        step = self.trainer.global_step
+        for name, value in self.results.curves(phase.position).items():
+            for logger in self.loggers:
+                logger.log_metrics({name: value}, step=step)
+        self.progress.end_task(self.results.line(phase.position))
+        log.debug("%s", self.results.line(phase.position))
+
+    def _save(self, number: int, phase: Phase) -> None:
+        state = {
+            "phase": number,
+            "trained_epochs": self.trained_epochs,
+            "learnt": self.learner.learnt,
+            "results": self.results.to_json(),
+            "loops": self.trainer.fit_loop.state_dict(),
+            "images_trained": self.cost.images_trained,
+            "updates": self.cost.updates,
+            "backbone_sha256": self.digest,
+            "backbone_frozen": self.learner.backbone.frozen,
+        }
+        with self.cost.phase("checkpoint"):
+            self.folder.save_checkpoint(phase.position, self.learner.learnt_state(), state)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if state["backbone_sha256"] != self.digest:
+            raise UserError(
+                "resume", self.folder.path, "the backbone's weights are not those the run started with", "Use the same backbone"
+            )
+        if state["backbone_frozen"]:
+            self.learner.backbone.freeze()
+        self.learner.load_learnt_state(checkpoint.tensors)
+        self.learner.learnt = list(state["learnt"])
+        self.results.load_json(state["results"])
+        self.trained_epochs = state["trained_epochs"]
+        self.cost.images_trained, self.cost.updates = state["images_trained"], state["updates"]
+        self.trainer.fit_loop.load_state_dict(state["loops"])
+        log.info("resumed after task %d of %d", checkpoint.position + 1, len(self.phases))
+
+    def _finish(self) -> RunResult:
+        with self.cost.phase("report"):
+            metrics = self.results.metrics(self.learner.composition.inspect())
+            self.folder.write("metrics.json", to_json(metrics))
+            cost = self.cost.report(
+                params_total=sum(p.numel() for p in self.learner.parameters()),
+                params_trainable=self.learner.trainable_parameters(),
+                forwards_train=self.learner.forwards_train,
+                cache_bytes=self.learner.cache.bytes,
+                cache_evictions=self.learner.cache.evictions,
+                strategy_state_bytes=sum(t.element_size() * t.numel() for t in self.learner.learnt_state().values()),
+            )
+            self.folder.write("cost.json", to_json(cost))
+            for logger in self.loggers:
+                logger.finalize("success")
+        return RunResult(self.folder.path, metrics, cost, self.learner, self.stream)
+
+
+def build_trainer(config: TrainerConfig, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
+    """A trainer for the whole stream; epochs are granted task by task.
+
+    Raises:
+        UserError: a key that Lightning does not take.
+    """
+    try:
+        return L.Trainer(
+            max_epochs=1,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,  # type: ignore[arg-type]
+            gradient_clip_val=config.gradient_clip_val,
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            deterministic="warn" if config.deterministic else False,
+            logger=loggers or False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **config.lightning,
+        )
+    except Exception as error:  # Lightning's own refusals: TypeError, ValueError, MisconfigurationException
+        raise UserError("trainer", config.lightning or config.accelerator, str(error).rstrip("."), "Change it") from error
+
+
+def _batches(images: int, config: TrainerConfig) -> int:
+    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
+
+
+def _check_future(config: RunConfig, stream: Stream) -> None:
+    if config.evaluation.future_tasks and stream.setting != "domain":
+        raise UserError(
+            "evaluation.future_tasks", True, "classes of later tasks are no candidates before they are learnt",
+            "Use it with a domain-incremental scenario",
+        )  # fmt: skip
+
+
+def _check_sizes(config: TrainerConfig, phases: list[Phase], learner: ContinualLearner) -> None:
+    if not learner.composition.needs_gradient:
+        return
+    for phase in phases:
+        if _batches(len(phase.task.train), config) == 0:
+            raise UserError(
+                "trainer.batch_size", config.batch_size,
+                f"task {phase.task.task_id} has {len(phase.task.train)} training images, so an epoch has no step",
+                "Lower it, or set trainer.drop_last=false",
+            )  # fmt: skip
+
+
+def _where(config: RunConfig) -> tuple[Path, Checkpoint | None]:
+    """The run folder and, when resuming, the checkpoint to go on from."""
+    root = Path(config.output_root)
+    given = Path(config.run_dir) if config.run_dir else None
+    if config.resume is None:
+        if given is not None and (given / "config.yaml").exists():
+            raise UserError("run_dir", given, "holds a run already", "Add resume=auto, or choose another folder")
+        return given or new_run_path(root, config.scenario.kind, config.strategy_name), None
+    if config.resume != "auto":
+        given = Path(config.resume)
+        if not given.is_dir():
+            raise UserError("resume", given, "there is no such run folder", "Write resume=auto or a run folder")
+    path = given or latest_run(root, config.scenario.kind, config.strategy_name)
+    if path is None or not (path / "config.yaml").exists():
+        if config.resume == "auto":
+            return path or new_run_path(root, config.scenario.kind, config.strategy_name), None
+        raise UserError("resume", path, "holds no run", "Write resume=auto or a run folder")
+    _same_configuration(config, path)
+    return path, next(checkpoints(path), None)
+
+
+def _same_configuration(config: RunConfig, path: Path) -> None:
+    import yaml
+
+    before = yaml.safe_load((path / "config.yaml").read_text())
+    for key in sorted(set(before) | set(config.raw)):
+        if key in ("run_dir", "resume", "debug", "output_root", "logger", "data"):
+            continue
+        if before.get(key) != config.raw.get(key):
+            name = _first_difference(key, before.get(key), config.raw.get(key))
+            raise UserError("resume", path, f"the run was started with another {name}", "Use the same configuration")
+
+
+def _first_difference(key: str, one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in [*one, *other]:
+            if one.get(name) != other.get(name):
+                return _first_difference(f"{key}.{name}", one.get(name), other.get(name))
+    return key
+
+
+class _explained_memory:
+    """Turns an out-of-memory error into one line about the batch size."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self.config = config
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        words = ("out of memory", "can't allocate memory", "bad_alloc")
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words)):
+            smaller = max(1, self.config.batch_size // 2)
+            raise UserError(
+                "trainer.batch_size", self.config.batch_size, "does not fit into memory",
+                f"Set trainer.batch_size={smaller} and trainer.accumulate_grad_batches=2",
+            ) from error  # fmt: skip
+
+
+def _quiet_libraries() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*experiment logs directory.*", ".*srun.*",
+                    ".*isinstance.treespec, LeafSpec.*", ".*Detected call of `lr_scheduler.step.*", ".*number of training batches.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _yaml(raw: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+

@@ -1,0 +1,121 @@
+"""The whole configuration of a run as typed dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cl_platform.backbones import BackboneConfig
+from cl_platform.config import setting, typed
+from cl_platform.errors import UserError, nearest
+from cl_platform.optimizers import OptimizerConfig
+from cl_platform.scenarios import DataConfig, ScenarioConfig
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Keys of ``trainer``."""
+
+    max_epochs: int = setting(5, doc="epochs of each task", min=1)
+    batch_size: int = setting(16, doc="training images of a batch", min=1)
+    accelerator: str = setting("auto", doc="cpu, gpu, mps or auto")
+    devices: Any = setting("auto", doc="number or list of devices")
+    precision: str = setting("32-true", doc="number format, such as 32-true or bf16-mixed")
+    gradient_clip_val: float | None = setting(None, doc="largest global norm of the trained gradients", above=0)
+    accumulate_grad_batches: int = setting(1, doc="batches of one update", min=1)
+    compile: bool = setting(False, doc="compile the backbone's blocks")
+    drop_last: bool = setting(False, doc="leave out the last, smaller batch of an epoch")
+    deterministic: bool = setting(True, doc="same bytes for the same seed; slower kernels on a GPU")
+    progress: bool = setting(True, doc="show progress bars")
+    lightning: dict[str, Any] = setting(factory=dict, doc="anything else for lightning.Trainer")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Keys of ``head``."""
+
+    init: str = setting("trunc_normal", doc="first weights of a head block", choices=("trunc_normal", "zeros", "linear"))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Keys of ``evaluation``."""
+
+    future_tasks: bool = setting(False, doc="also evaluate tasks that were not learnt yet")
+    cache_bytes: int = setting(2**30, doc="bound on kept features", min=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run, fully specified. ``raw`` is the resolved configuration as it goes into ``config.yaml``."""
+
+    strategy: dict[str, dict[str, Any]]
+    scenario: ScenarioConfig
+    backbone: BackboneConfig
+    trainer: TrainerConfig
+    optimizer: OptimizerConfig
+    head: HeadConfig
+    evaluation: EvaluationConfig
+    data: DataConfig
+    logger: dict[str, dict[str, Any]]
+    seed: int
+    run_dir: str | None
+    output_root: str
+    resume: str | None
+    debug: bool
+    raw: dict[str, Any]
+
+    @property
+    def strategy_name(self) -> str:
+        """``finetune`` or, for a composition, ``derpp+bfp``."""
+        return "+".join(self.strategy)
+
+
+TOP_LEVEL = (
+    "strategy", "scenario", "backbone", "trainer", "optimizer", "head", "evaluation", "data", "logger",
+    "seed", "run_dir", "output_root", "resume", "debug", "plugins",
+)  # fmt: skip
+
+
+def parse(raw: Mapping[str, Any]) -> RunConfig:
+    """Check a resolved configuration.
+
+    Raises:
+        UserError: an unknown key (with the nearest), a wrong type, a value out of range.
+    """
+    for key in raw:
+        if key not in TOP_LEVEL:
+            near = nearest(key, TOP_LEVEL)
+            raise UserError(key, raw[key], "unknown key", f"Did you mean {near[0]}" if near else "Remove it")
+    strategy = {name: dict(values or {}) for name, values in (raw.get("strategy") or {}).items()}
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError("seed", seed, "must be a whole number from 0 to 2^63 - 1", "Write seed=0")
+    return RunConfig(
+        strategy=strategy,
+        scenario=typed(ScenarioConfig, raw.get("scenario"), "scenario"),
+        backbone=typed(BackboneConfig, raw.get("backbone"), "backbone"),
+        trainer=typed(TrainerConfig, raw.get("trainer"), "trainer"),
+        optimizer=_optimizer(raw, strategy),
+        head=typed(HeadConfig, raw.get("head"), "head"),
+        evaluation=typed(EvaluationConfig, raw.get("evaluation"), "evaluation"),
+        data=typed(DataConfig, raw.get("data"), "data"),
+        logger={name: dict(values or {}) for name, values in (raw.get("logger") or {}).items()},
+        seed=seed,
+        run_dir=raw.get("run_dir"),
+        output_root=str(raw.get("output_root") or Path("outputs")),
+        resume=raw.get("resume"),
+        debug=bool(raw.get("debug", False)),
+        raw=dict(raw),
+    )
+
+
+def _optimizer(raw: Mapping[str, Any], strategy: Mapping[str, Mapping[str, Any]]) -> OptimizerConfig:
+    """The user's keys over those that the first strategy with an ``optimizer`` recommends."""
+    recommended: dict[str, Any] = next((dict(v["optimizer"]) for v in strategy.values() if v.get("optimizer")), {})
+    given = {key: value for key, value in (raw.get("optimizer") or {}).items() if value is not None}
+    if "lr" in given and "lr_per_256" not in given:
+        recommended.pop("lr_per_256", None)
+    return typed(OptimizerConfig, {**recommended, **given}, "optimizer")

@@ -1,0 +1,21 @@
+"""How a data set becomes a stream of tasks: sources, decoded images, splits, batches and transforms."""
+
+from cl_platform.scenarios.build import build_stream, stream_from_datasets
+from cl_platform.scenarios.config import DataConfig, ScenarioConfig, TransformConfig
+from cl_platform.scenarios.image_set import ImageSet
+from cl_platform.scenarios.loader import TaskLoader
+from cl_platform.scenarios.stream import Stream, Task
+from cl_platform.scenarios.transforms import Transforms
+
+__all__ = [
+    "DataConfig",
+    "ImageSet",
+    "ScenarioConfig",
+    "Stream",
+    "Task",
+    "TaskLoader",
+    "TransformConfig",
+    "Transforms",
+    "build_stream",
+    "stream_from_datasets",
+]

@@ -1,0 +1,44 @@
+"""Several image sets read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cl_platform.scenarios.stream import ImageSet
+
+
+class MixedImages:
+    """The rows of several image sets one after the other, with the interface of one."""
+
+    def __init__(self, parts: Sequence[ImageSet]) -> None:
+        self._parts = list(parts)
+        self._starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        self.labels = torch.cat([part.labels for part in parts])
+        self.example_ids = torch.cat([part.example_ids for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def images(self, rows: Tensor | slice) -> Tensor:
+        """Images (b, 3, H, W) uint8 of the given rows, in their order."""
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        owner = torch.searchsorted(self._starts, index, right=True) - 1
+        found: Tensor | None = None
+        for number in owner.unique().tolist():
+            mask = owner == number
+            images = self._parts[number].images(index[mask] - self._starts[number])
+            if found is None:
+                found = torch.empty((len(index), *images.shape[1:]), dtype=images.dtype)
+            found[mask] = images
+        assert found is not None, "no rows were asked for"
+        return found
+
+
+def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
+    """Several image sets as one; a single one is returned as it is."""
+    return parts[0] if len(parts) == 1 else MixedImages(parts)  # type: ignore[return-value]

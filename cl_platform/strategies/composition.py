@@ -1,0 +1,166 @@
+"""Several strategies acting as one, in the order in which they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from cl_platform import registry
+from cl_platform.batch import Batch
+from cl_platform.config import typed
+from cl_platform.errors import UserError
+from cl_platform.heads import cross_entropy
+from cl_platform.strategies.base import ROLES, Component, Context, ParameterGroup, Query, Step, Strategy
+from cl_platform.strategies.phases import Phase, one_per_task
+
+if TYPE_CHECKING:
+    from cl_platform.scenarios import Task
+
+
+class Composition(nn.Module):
+    """The strategies of a run. Losses add, hooks run first to last, an exclusive role has one owner.
+
+    Raises:
+        UserError: the list is empty, or two strategies own the same role.
+    """
+
+    def __init__(self, strategies: Sequence[Strategy]) -> None:
+        super().__init__()
+        if not strategies:
+            raise UserError("strategy", "[]", "at least one strategy is needed", "Write strategy=finetune")
+        self.members = nn.ModuleDict({strategy.name: strategy for strategy in strategies})
+        self._owners = {role: _owner(strategies, role) for role in ROLES}
+
+    @property
+    def strategies(self) -> list[Strategy]:
+        """The members in order."""
+        return list(self.members.values())  # type: ignore[arg-type]
+
+    @property
+    def query(self) -> Query:
+        """How the members together read the frozen trunk's features."""
+        wishes = {s.query for s in self.strategies}
+        if wishes == {"only"}:
+            return "only"
+        return "none" if wishes == {"none"} else "beside"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """False when every member learns in closed form."""
+        return any(s.needs.gradient for s in self.strategies)
+
+    def owner(self, role: str) -> Strategy | None:
+        """The member that owns ``role``."""
+        name = self._owners[role]
+        return None if name is None else self.members[name]  # type: ignore[return-value]
+
+    def attach(self, context: Context) -> None:
+        """Hand the learner's parts to every member."""
+        self.context = context
+        for strategy in self.strategies:
+            strategy.attach(context)
+
+    def arrange(self, tasks: Sequence[Task]) -> list[Phase]:
+        """The training phases, one per task unless a member arranges them otherwise."""
+        owner = self.owner("arrangement")
+        return (owner.arrange(tasks) if owner else None) or one_per_task(tasks)
+
+    def begin_task(self, task: Task) -> None:
+        """Every member's start-of-task work."""
+        for strategy in self.strategies:
+            strategy.begin_task(task)
+
+    def trainable(self) -> list[ParameterGroup]:
+        """All parameter groups; without an owner of the classification, the whole network is trained."""
+        groups = [group for strategy in self.strategies for group in strategy.trainable()]
+        if self.owner("classification") is None:
+            groups.insert(0, ParameterGroup([*self.context.backbone.parameters(), *self.context.head.parameters()]))
+        seen: set[int] = set()
+        for group in groups:
+            for parameter in group.parameters:
+                if id(parameter) in seen:
+                    raise UserError("strategy", list(self.members), "two of them train the same parameter", "Leave one")
+                seen.add(id(parameter))
+        return groups
+
+    def widen(self, batch: Batch) -> Batch:
+        """The batch with every member's rows appended."""
+        for strategy in self.strategies:
+            batch = strategy.widen(batch)
+        return batch
+
+    def features(self, batch: Batch) -> Tensor:
+        """Features (B, D) by the owner, else by the plain backbone."""
+        owner = self.owner("features")
+        return owner(batch) if owner else self.context.backbone(batch.images)
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """All terms by ``<strategy>/<term>``; plain cross-entropy over the seen classes where nobody owns it."""
+        terms: dict[str, Tensor] = {}
+        if self.owner("classification") is None:
+            terms["learner/ce"] = cross_entropy(step.logits, step.batch.labels, step.seen_classes)
+        for strategy in self.strategies:
+            terms.update({f"{strategy.name}/{term}": value for term, value in strategy.losses(step).items()})
+        return terms
+
+    def after_backward(self, step: Step) -> None:
+        """Gradient surgery."""
+        for strategy in self.strategies:
+            strategy.after_backward(step)
+
+    def after_update(self, step: Step) -> None:
+        """Work after an optimizer update."""
+        for strategy in self.strategies:
+            strategy.after_update(step)
+
+    def end_task(self, task: Task) -> None:
+        """Every member's end-of-task work."""
+        for strategy in self.strategies:
+            strategy.end_task(task)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (B, S) over the seen classes, by the owner of the prediction, else head after features."""
+        owner = self.owner("prediction")
+        return owner.predict(batch) if owner else self.context.head(self.features(batch))
+
+    def seen_classes(self) -> list[int]:
+        """Class ids of the prediction's columns, ascending."""
+        owner = self.owner("prediction")
+        known = getattr(owner, "seen_classes", None)
+        return known() if known is not None else self.context.head.classes
+
+    def components(self) -> Iterator[Component]:
+        """Owner records of all members, names prefixed by the strategy's."""
+        for strategy in self.strategies:
+            for c in strategy.components():
+                yield Component(f"{strategy.name}.{c.name}", c.tasks, c.kind, c.tensors)
+
+    def inspect(self) -> dict[str, Any]:
+        """What members have to say about themselves, by name."""
+        facts = {strategy.name: strategy.inspect() for strategy in self.strategies}
+        return {name: fact for name, fact in facts.items() if fact}
+
+
+def _owner(strategies: Sequence[Strategy], role: str) -> str | None:
+    owners = [strategy.name for strategy in strategies if role in strategy.owns]
+    if len(owners) > 1:
+        raise UserError(
+            "strategy", f"[{','.join(s.name for s in strategies)}]", f"{' and '.join(owners)} both own the {role}", "Keep one of them"
+        )
+    return owners[0] if owners else None
+
+
+def build_strategies(configs: dict[str, Any]) -> Composition:
+    """The composition for ``cfg.strategy``: name -> its keys, in order.
+
+    Raises:
+        UserError: an unknown strategy or key, or a value out of range.
+    """
+    members = []
+    for name, values in configs.items():
+        cls = registry.strategies.get(name)
+        own = {key: value for key, value in (values or {}).items() if key != "optimizer"}
+        members.append(cls(typed(cls.Config, own, f"strategy.{name}")))
+    return Composition(members)

@@ -1,0 +1,42 @@
+"""Plain training on each task in turn: the lower bound of continual learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cl_platform.config import setting
+from cl_platform.heads import cross_entropy
+from cl_platform.registry import strategies
+from cl_platform.strategies.base import ParameterGroup, Step, Strategy
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Keys of ``finetune``."""
+
+    loss: str = setting("seen", doc="classes of the cross-entropy: all seen so far, or the task's", choices=("seen", "task"))
+
+
+@strategies.register("finetune")
+class Finetune(Strategy):
+    """All parameters, backbone and head, trained on each task without any protection.
+
+    The cross-entropy runs over all classes seen so far (``loss=seen``), or over the task's own (``loss=task``), which
+    forgets less because old head rows get no gradient.
+    """
+
+    name = "finetune"
+    Config = FinetuneConfig
+    owns = frozenset({"classification"})
+
+    def trainable(self) -> Iterator[ParameterGroup]:
+        """Everything."""
+        yield ParameterGroup([*self.context.backbone.parameters(), *self.context.head.parameters()])
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Cross-entropy over the chosen classes."""
+        over = step.task.classes if self.config.loss == "task" else None
+        return {"ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes, over)}

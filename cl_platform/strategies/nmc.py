@@ -1,0 +1,111 @@
+"""Nearest class mean on frozen features (Janson et al. 2022, "A Simple Baseline that Questions the Use of
+Pretrained-Models in Continual Learning")."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cl_platform.batch import Batch
+from cl_platform.config import setting
+from cl_platform.errors import UserError
+from cl_platform.registry import strategies
+from cl_platform.slots import Slots
+from cl_platform.strategies.base import Needs, Strategy
+
+if TYPE_CHECKING:
+    from cl_platform.scenarios import Task
+
+GRID_BITS = 18
+"""Feature values are kept as integers of at most 2^18, so that sums in float64 are exact in any order."""
+
+
+@dataclass(frozen=True)
+class NMCConfig:
+    """Keys of ``nmc``."""
+
+    mean: str = setting("normalised", doc="what is averaged: L2-normalised or raw features", choices=("normalised", "raw"))
+    distance: str = setting("cosine", doc="how an image meets a class mean", choices=("cosine", "euclidean"))
+    bound: float | None = setting(None, doc="largest absolute feature value; null: 1 normalised, 64 raw", above=0)
+
+
+@strategies.register("nmc")
+class NMC(Strategy):
+    """Class sums and counts per task on an integer grid; an image goes to the nearest class mean.
+
+    Nothing is trained. Sums are exact whatever the order, so that removing a task's record leaves the bytes of a
+    learner that never saw it. Defaults: mean of normalised features, cosine; ``distance=euclidean`` with normalised
+    means is the paper's released rule; ``mean=raw distance=cosine`` is known as SimpleCIL.
+    """
+
+    name = "nmc"
+    Config = NMCConfig
+    needs = Needs(gradient=False, boundaries=False)
+    owns = frozenset({"features", "classification", "prediction"})
+    query = "only"
+
+    def __init__(self, config: NMCConfig) -> None:
+        super().__init__(config)
+        self.stats = Slots(buffers=("sum", "count", "classes"))
+        self.bound = config.bound or (1.0 if config.mean == "normalised" else 64.0)
+        self.scale = 2.0 ** (GRID_BITS - math.ceil(math.log2(self.bound)))
+
+    def end_task(self, task: Task) -> None:
+        """Add up the task's training features per class."""
+        features = self.context.cache.features(task.task_id, "train", task.train)
+        labels = task.train.labels.to(features.device)
+        self.stats.add(task.task_id, **self._record(features, labels, task.classes))
+
+    def _record(self, features: Tensor, labels: Tensor, classes: tuple[int, ...]) -> dict[str, Tensor]:
+        if self.config.mean == "normalised":
+            features = F.normalize(features, dim=1)
+        largest = float(features.abs().max()) if len(features) else 0.0
+        if largest > self.bound:
+            raise UserError("strategy.nmc.bound", self.bound, f"a feature value of {largest:.4g} lies beyond it", "Raise it")
+        grid = (features.double() * self.scale).round()  # integers in float64
+        order = sorted(classes)
+        index = torch.searchsorted(torch.tensor(order, device=labels.device), labels)
+        total = torch.zeros(len(order), features.shape[1], dtype=torch.float64, device=features.device)
+        total.index_add_(0, index, grid)
+        count = torch.bincount(index, minlength=len(order))
+        return {"sum": total, "count": count, "classes": torch.tensor(order, device=features.device)}
+
+    def seen_classes(self) -> list[int]:
+        """Classes with at least one training image, ascending."""
+        return self._means()[0]
+
+    def _means(self) -> tuple[list[int], Tensor]:
+        sums: dict[int, Tensor] = {}
+        counts: dict[int, int] = {}
+        for task_id in self.stats.task_ids:  # ascending: a fixed order of float64 sums
+            parts = (self.stats.get(task_id, name) for name in ("classes", "sum", "count"))
+            for c, total, n in zip(*parts, strict=True):
+                if int(n) > 0:
+                    sums[int(c)] = sums[int(c)] + total if int(c) in sums else total
+                    counts[int(c)] = counts.get(int(c), 0) + int(n)
+        classes = sorted(sums)
+        means = torch.stack([sums[c] / (counts[c] * self.scale) for c in classes])  # (S, D) float64
+        return classes, means
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The frozen trunk's features (B, D)."""
+        return batch.extra["query"]
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Closeness (B, S) to each class mean, larger is nearer."""
+        _, means = self._means()
+        features = batch.extra["query"].double()
+        if self.config.mean == "normalised" or self.config.distance == "cosine":
+            features = F.normalize(features, dim=1)
+        if self.config.distance == "cosine":
+            return features @ F.normalize(means, dim=1).T  # (B, S)
+        return features @ means.T - 0.5 * means.square().sum(1)
+
+    def inspect(self) -> dict[str, Any]:
+        """Which of the rules called nearest class mean this is."""
+        return {"rule": f"mean of {self.config.mean} features, {self.config.distance}"}

@@ -1,0 +1,67 @@
+from dataclasses import dataclass
+
+import pytest
+
+from cl_platform.config import setting, typed
+from cl_platform.errors import UserError, nearest, unknown_name
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = setting(0.5, doc="a share", min=0, max=1)
+
+
+@dataclass(frozen=True)
+class Example:
+    count: int = setting(3, doc="how many", min=1)
+    name: str | None = setting(None, doc="a name", choices=("a", "b"))
+    order: str | int | list[int] = setting("natural", doc="an order")
+    inner: Inner = setting(factory=Inner)
+    layers: list[int] = setting(factory=list)
+
+
+def test_values_become_typed_fields():
+    built = typed(Example, {"count": 2.0, "inner": {"rate": "1e-1"}, "layers": [1, 2], "order": 7})
+    assert built == Example(count=2, inner=Inner(0.1), layers=[1, 2], order=7)
+
+
+def test_a_union_keeps_the_type_that_was_given():
+    assert typed(Example, {"order": "seeded"}).order == "seeded"
+    assert typed(Example, {"order": [3, 1]}).order == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cuont": 3}, ["x.cuont", "unknown key", "x.count"]),
+        ({"count": 0}, ["x.count=0", "at least 1"]),
+        ({"count": "three"}, ["x.count=three", "whole number"]),
+        ({"count": True}, ["x.count", "whole number"]),
+        ({"name": "c"}, ["x.name=c", "a, b"]),
+        ({"inner": {"rate": 2}}, ["x.inner.rate=2", "at most 1"]),
+        ({"inner": 4}, ["x.inner=4", "group of keys"]),
+        ({"layers": 3}, ["x.layers=3", "list"]),
+        ({"layers": ["a"]}, ["x.layers[0]=a", "whole number"]),
+    ],
+)
+def test_wrong_values_are_refused_by_the_key_as_typed(values, words):
+    with pytest.raises(UserError) as refused:
+        typed(Example, values, "x")
+    line = str(refused.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_a_value_without_default_is_asked_for():
+    @dataclass(frozen=True)
+    class Needed:
+        path: str = setting(doc="a folder")
+
+    with pytest.raises(UserError, match="a value is needed"):
+        typed(Needed, {}, "y")
+
+
+def test_near_names_come_first():
+    assert nearest("coda_promt", ["coda_prompt", "nmc"])[0] == "coda_prompt"
+    assert "Did you mean derpp" in str(unknown_name("strategy", "derp", ["derpp", "finetune"]))

@@ -1,0 +1,90 @@
+"""The layout: imports point downwards, no method's name in the learner or the run, nothing heavy at import."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cl_platform import registry
+from cl_platform.cli.compose import groups
+
+PACKAGE = Path(__file__).parents[1] / "cl_platform"
+
+MAY_IMPORT = {  # room -> rooms below it
+    "errors": set(),
+    "random_streams": set(),
+    "batch": set(),
+    "registry": {"errors"},
+    "config": {"errors"},
+    "slots": set(),
+    "cost": set(),
+    "metrics": set(),
+    "heads": {"errors", "random_streams", "slots"},
+    "optimizers": {"config", "errors", "strategies"},
+    "backbones": {"errors", "config", "registry", "random_streams", "batch"},
+    "scenarios": {"errors", "config", "registry", "random_streams", "batch"},
+    "strategies": {"backbones", "scenarios", "heads", "slots", "batch", "config", "errors", "registry", "random_streams"},
+    "learner": {"strategies", "backbones", "scenarios", "heads", "optimizers", "batch", "errors", "random_streams"},
+    "evaluation": {"learner", "scenarios", "heads"},
+    "estimate": {"learner", "scenarios", "strategies"},
+    "callbacks": {"learner", "metrics"},
+}
+
+
+def _imports(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "cl_platform" else [f"cl_platform.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        rooms |= {n.split(".")[1] for n in names if n.startswith("cl_platform.")}
+    return rooms
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_point_downwards(room):
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else sorted((PACKAGE / room).rglob("*.py"))
+    assert files
+    for file in files:
+        upwards = _imports(file) - MAY_IMPORT[room] - {room}
+        assert not upwards, f"{file.name} imports {upwards}"
+
+
+@pytest.mark.parametrize("file", ["learner.py", "run.py", "evaluation.py", "results.py"])
+def test_no_methods_name_in_the_spine(file):
+    import cl_platform.strategies  # noqa: F401
+
+    text = (PACKAGE / file).read_text()
+    for name in registry.strategies.names():
+        assert not re.search(rf"\b{name}\b", text), name
+
+
+def test_every_strategy_has_its_yaml_and_every_yaml_its_strategy():
+    import cl_platform.strategies  # noqa: F401
+
+    assert groups()["strategy"] == registry.strategies.names()
+
+
+def test_every_key_of_every_yaml_has_a_comment():
+    for file in sorted((PACKAGE.parent / "conf").rglob("*.yaml")):
+        if file.parent.name == "experiment":
+            continue
+        for line in file.read_text().splitlines():
+            plain_key = re.match(r"^[a-z_]+:\s*\S", line)
+            assert not plain_key or "#" in line, f"{file.name}: {line}"
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, cl_platform.cli.train; print('torch' in sys.modules, 'avalanche' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+
+
+def test_running_never_imports_avalanche_by_itself():
+    code = "import sys, cl_platform.run; print('avalanche' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
