@@ -46,7 +46,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", action="store_true", help="distil from EfficientNet-Lite0 (extra: offline)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    # On processors without bfloat16 units autocast is emulated and several times slower than float32.
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    arguments = parser.parse_args(argv)
+    arguments.precision = arguments.precision or ("bf16" if arguments.device.startswith("cuda") else "fp32")
+    return arguments
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=precision == "bf16")
 
 
 def read_split(folder: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
@@ -72,7 +80,8 @@ def to_range(images: Tensor) -> Tensor:
 class Teacher:
     """EfficientNet-Lite0: its pooled features, standardised, and its 1,000-class head on them."""
 
-    def __init__(self, images: Tensor, device: str) -> None:
+    def __init__(self, images: Tensor, device: str, precision: str) -> None:
+        self.precision = precision
         self.model = timm.create_model(LITE0, pretrained=False, num_classes=0).eval().to(device)
         stored = torch.load(package_file(), map_location="cpu", weights_only=True)
         self.model.load_state_dict(tf_efficientnet_state(stored, self.model, package_file()))
@@ -87,7 +96,7 @@ class Teacher:
         found = []
         for chunk in images.split(256):
             large = functional.interpolate(to_range(chunk.to(device)), TEACHER_SIZE, mode="bicubic", antialias=False)
-            with torch.autocast(device.split(":")[0], torch.bfloat16):
+            with autocast(device, self.precision):
                 found.append(self.model(large).float().cpu())
         return torch.cat(found)
 
@@ -158,7 +167,7 @@ def train(
         for rows in order[: len(images) // batch * batch].split(batch):
             mirrored = torch.rand(batch, generator=generator) < 0.5
             inputs = augment(to_range(images[rows].to(device)), mirrored.to(device), generator)
-            with torch.autocast(device.split(":")[0], torch.bfloat16):
+            with autocast(device, arguments.precision):
                 features = net["trunk"](inputs)
                 logits = net["head"](features)
                 predicted = net["to_teacher"](features) if teacher else None
@@ -214,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     images, labels = read_split(folder, classes)
     tests = next((arguments.data / n for n in ("test", "val") if (arguments.data / n).is_dir()), None)
     print(f"{len(images)} images of {len(classes)} classes on {arguments.device}", flush=True)
-    teacher = Teacher(images, arguments.device) if arguments.teacher else None
+    teacher = Teacher(images, arguments.device, arguments.precision) if arguments.teacher else None
     started = time.perf_counter()
     model = train(images, labels, len(classes), teacher, arguments)
     seconds = time.perf_counter() - started

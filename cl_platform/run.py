@@ -388,7 +388,8 @@ def _quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*experiment logs directory.*", ".*srun.*",
-                    ".*isinstance.treespec, LeafSpec.*", ".*Detected call of `lr_scheduler.step.*", ".*number of training batches.*"):  # fmt: skip
+                    ".*isinstance.treespec, LeafSpec.*", ".*Detected call of `lr_scheduler.step.*", ".*number of training batches.*",
+                    r".*module\(s\) in eval mode at the start.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -70,6 +70,13 @@ def stream_from_avalanche(
     found = [_classes(train, rows) for rows in train_rows]
     if options is None:
         options = ScenarioConfig(kind=name, num_tasks=len(train_parts), setting=_setting(train_parts, found))
+    elif options.setting == "class" and _setting(train_parts, found) == "domain":
+        raise UserError(
+            "scenario.setting",
+            "class",
+            f"tasks of {name} share classes; allowed are domain and task",
+            "Set scenario.setting=domain",
+        )
     tasks = _tasks((train, train_rows), (test, test_rows), options, seed)
     count = int(max(train.labels.max(), test.labels.max())) + 1
     names = tuple(class_names) if class_names is not None else tuple(str(c) for c in range(count))

@@ -41,10 +41,11 @@ def fetch(dataset: str, root: Path, download: bool) -> Fetched | Listing:
     if dataset not in _FETCHERS:
         raise missing(dataset, root, "it cannot be downloaded automatically")
     load, folder, url = _FETCHERS[dataset]
-    try:
-        return load(folder, root / "downloads", False)
-    except Exception as error:  # each library has its own way of saying that the files are not there
-        log.debug("%s is not below %s: %s", dataset, root / "downloads", error)
+    if (root / "downloads").is_dir():
+        try:
+            return load(folder, root / "downloads", False)
+        except Exception as error:  # each library has its own way of saying that the files are not there
+            log.debug("%s is not below %s: %s", dataset, root / "downloads", error)
     if not download:
         raise missing(dataset, root, "data.download=false forbids a download")
     refuse_unreachable(url, dataset, root)
@@ -56,12 +57,12 @@ def fetch(dataset: str, root: Path, download: bool) -> Fetched | Listing:
         raise missing(dataset, root, f"the download failed ({' '.join(str(error).split())[:160]})") from error
 
 
-def missing(dataset: str, root: Path, reason: str) -> UserError:
+def missing(dataset: str, root: Path, reason: str, layout: str = "{train,test}/<class>/*") -> UserError:
     """The message for a data set that is neither on disk nor to be had."""
     return UserError(
         "data.root",
         root,
-        f"{dataset} is missing: the folder {root / dataset} with {{train,test}}/<class>/* would be read, and {reason}",
+        f"{dataset} is missing: the folder {root / dataset} with {layout} would be read, and {reason}",
         "Put the images there, or use the embedded data with scenario=split_digits",
     )
 

@@ -112,7 +112,9 @@ def core50(scenario: ScenarioConfig, data: DataConfig) -> Source:
     """CORe50 from ``<root>/core50/{train,test}/<session>/<class>/*``."""
     root = data.root_folder() / "core50"
     if not (root / "train").is_dir():
-        raise downloads.missing("core50", data.root_folder(), "it is read from {train,test}/<session>/<class>/*")
+        raise downloads.missing(
+            "core50", data.root_folder(), "it cannot be downloaded automatically", "{train,test}/<session>/<class>/*"
+        )
     return _from_listing(session_listing(root), scenario, data)
 
 
