@@ -86,10 +86,12 @@ def run(config: RunConfig) -> RunResult:
         learner = build_learner(config, stream)
         phases = learner.composition.arrange(stream.tasks)
         _check_sizes(config.trainer, phases, learner)
+        interruption = Interruption()
+        trainer = build_trainer(config.trainer, [interruption])
         path, checkpoint = _where(config)
         folder = RunFolder(path)
     try:
-        return _Run(config, stream, learner, phases, folder, cost).execute(checkpoint)
+        return _Run(config, stream, learner, phases, folder, cost, trainer, interruption).execute(checkpoint)
     finally:
         folder.close()
 
@@ -105,11 +107,12 @@ class _Run:
         phases: list[Phase],
         folder: RunFolder,
         cost: Cost,
+        trainer: L.Trainer,
+        interruption: Interruption,
     ) -> None:
         self.config, self.stream, self.learner, self.phases = config, stream, learner, phases
-        self.folder, self.cost = folder, cost
+        self.folder, self.cost, self.trainer, self.interruption = folder, cost, trainer, interruption
         self.results = Results(stream, trains_once=len(phases) == 1 and len(stream.tasks) > 1)
-        self.interruption = Interruption()
         self.trained_epochs = 0
         self.digest = learner.backbone.digest()
 
@@ -140,7 +143,7 @@ class _Run:
         """Trainer, bar, first files; the first phase to train."""
         config, learner = self.config, self.learner
         self.loggers = build_loggers(config.logger, self.folder.path)
-        self.trainer = build_trainer(config.trainer, self.loggers, [self.interruption])
+        self.trainer.loggers = self.loggers
         learner.trainer = self.trainer
         learner.to(self.trainer.strategy.root_device)
         if checkpoint is None:
@@ -273,7 +276,7 @@ class _Run:
         return RunResult(self.folder.path, metrics, cost, self.learner, self.stream)
 
 
-def build_trainer(config: TrainerConfig, loggers: list[Any], callbacks: list[L.Callback]) -> L.Trainer:
+def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Trainer:
     """A trainer for the whole stream; epochs are granted task by task.
 
     Raises:
@@ -288,7 +291,7 @@ def build_trainer(config: TrainerConfig, loggers: list[Any], callbacks: list[L.C
             gradient_clip_val=config.gradient_clip_val,
             accumulate_grad_batches=config.accumulate_grad_batches,
             deterministic="warn" if config.deterministic else False,
-            logger=loggers or False,
+            logger=False,
             callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -66,10 +66,14 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     codes: list[int] = []
+    failures: list[Exception] = []  # raised inside the job, Hydra would print a line of its own
 
     @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
-        codes.append(_one_run(OmegaConf.to_container(cfg, resolve=True), arguments))
+        try:
+            codes.append(_one_run(OmegaConf.to_container(cfg, resolve=True), arguments))
+        except Exception as failure:
+            failures.append(failure)
 
     argv, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
@@ -84,6 +88,8 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+    if failures:
+        raise failures[0]
     return max(codes, default=0)
 
 

@@ -42,16 +42,14 @@ def stream_from_avalanche(
 ) -> Stream:
     """Any Avalanche classification benchmark as a stream, one task an element of its training stream.
 
-    The benchmark's training and evaluation transforms are left out; fixed ones, such as the permutation of a permuted
-    benchmark, stay. Where the test stream has one element for many training ones, all tasks share it.
+    Its training and evaluation transforms are left out, its fixed ones stay. A lone test element serves all tasks.
 
     Args:
         benchmark: an object with ``train_stream`` and ``test_stream``.
         name: the stream's name.
         image_size: bring images to this side in pixels; None needs all of one size.
         class_names: one per class id; None names them by their numbers.
-        options: takes effect on subsets, the validation share, skipped tasks, the setting and ``online``; None reads
-            the setting off the benchmark and keeps everything.
+        options: subsets, validation share, skipped tasks, setting, online; None keeps all and reads the setting off.
         seed: keys the draws of ``options``.
 
     Raises:
@@ -80,7 +78,6 @@ def stream_from_avalanche(
     tasks = _tasks((train, train_rows), (test, test_rows), options, seed)
     count = int(max(train.labels.max(), test.labels.max())) + 1
     names = tuple(class_names) if class_names is not None else tuple(str(c) for c in range(count))
-    height, width = (int(side) for side in train.images.shape[2:])
     return Stream(
         name=name,
         tasks=tuple(tasks),
@@ -89,7 +86,7 @@ def stream_from_avalanche(
         class_names=names,
         class_order=tuple(dict.fromkeys(c for classes in found for c in classes)),
         digest=stream_digest(options.setting, tasks, (train.digest, test.digest)),
-        image_shape=(3, height, width),
+        image_shape=(3, int(train.images.shape[2]), int(train.images.shape[3])),
         online=options.online,
         skipped=0,
         source=f"the Avalanche benchmark {name}",

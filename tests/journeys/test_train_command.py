@@ -1,0 +1,188 @@
+"""What a person types, and what is there afterwards."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cl_platform.cli.train import train
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["scenario.train_per_class=12", "scenario.test_per_class=6", "trainer.max_epochs=2", "trainer.batch_size=8"]
+
+
+def command(*words: str, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def files_of(run: Path, position: int) -> dict[str, bytes]:
+    names = ["metrics.json", "accuracy_matrix.csv", f"checkpoints/task_{position}/model.safetensors"]
+    return {name: (run / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """An uninterrupted run of the command, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = command(*SMALL, f"run_dir={folder / 'run'}", cwd=folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder / "run", out, err
+
+
+def test_a_run_leaves_everything_a_researcher_looks_at(whole_run):
+    run, out, err = whole_run
+    assert "about" in err  # the estimate
+    for words in ("final average accuracy", "average incremental accuracy", "forgetting", "BWT", "samples/s", str(run)):
+        assert words in out
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["acc"] == metrics["acc_cil"]
+    assert metrics["acc"]["id"] == "1.1"
+    assert 0 <= metrics["acc_til"]["value"] <= 1
+    assert metrics["fwt_init"]["value"] is None
+    assert metrics["fwt_init"]["reason"] == "space_excludes_future_classes"
+    rows = list(csv.reader((run / "accuracy_matrix.csv").read_text().splitlines()))
+    assert len(rows) == 6
+    assert math.isnan(float(rows[1][2]))
+    final = [float(cell) for cell in rows[5][1:]]
+    assert metrics["acc"]["value"] == pytest.approx(sum(final) / 5)
+    environment = json.loads((run / "environment.json").read_text())
+    assert len(environment["backbone"]["weights_sha256"]) == 64
+    assert environment["backbone"]["input_mean"] == [0.5, 0.5, 0.5]
+    cost = json.loads((run / "cost.json").read_text())
+    assert cost["images_trained"] == 5 * 24 * 2
+    assert cost["updates"] == 5 * 3 * 2
+    assert any((run / "tensorboard").iterdir())
+    assert len((run / "csv" / "metrics.csv").read_text().splitlines()) > 5
+    assert not list(run.rglob("*.pkl")) + list(run.rglob("*.ckpt")) + list(run.rglob("*.pt"))
+    assert (run / "run.log").read_text().strip()
+
+
+def test_the_step_axis_runs_on_over_all_tasks(whole_run):
+    run, _, _ = whole_run
+    steps = [int(row["step"]) for row in csv.DictReader((run / "csv" / "metrics.csv").open())]
+    assert steps == sorted(steps)
+    assert steps[-1] == 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_goes_on_to_the_same_bytes(whole_run, tmp_path, number):
+    whole, _, _ = whole_run
+    run = tmp_path / "run"
+    process = command(*SMALL, f"run_dir={run}", cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "task_1").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert "resume=auto" in err
+        assert "Traceback" not in err
+    resumed = command(*SMALL, f"run_dir={run}", "resume=auto", cwd=tmp_path)
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, err
+    assert "resumed after task" in err
+    assert files_of(run, 4) == files_of(whole, 4)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(small_run, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        small_run(f"run_dir={tmp_path / name}", f"seed={seed}", "logger=[]")
+    first, again, other = (files_of(tmp_path / name, 4) for name in "abc")
+    assert first == again
+    assert first["checkpoints/task_4/model.safetensors"] != other["checkpoints/task_4/model.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, tmp_path, caplog):
+    run = tmp_path / "run"
+    small_run(f"run_dir={run}", "logger=[]")
+    before = files_of(run, 4)
+    (run / "metrics.json").unlink()
+    broken = run / "checkpoints" / "task_4" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-10])
+    with caplog.at_level("WARNING", logger="cl_platform"):
+        import logging
+
+        logging.getLogger("cl_platform").propagate = True
+        small_run(f"run_dir={run}", "logger=[]", "resume=auto")
+    assert "task_4" in caplog.text
+    assert files_of(run, 4) == before
+
+
+REFUSED = [
+    (["strategy=coda_promt"], ["strategy=coda_promt", "coda_prompt"]),
+    (["scenario=split_digit"], ["scenario=split_digit", "split_digits"]),
+    (["backbone=vit_nan"], ["backbone=vit_nan", "vit_nano"]),
+    (["trainer.max_epoch=3"], ["trainer.max_epoch=3", "trainer.max_epochs"]),
+    (["strategy.coda_prompt.lenght=3"], ["strategy.coda_prompt.lenght=3", "strategy.coda_prompt.length"]),
+    (["scenario.num_tasks=3"], ["scenario.num_tasks=3", "10"]),
+    (["strategy.coda_prompt.num_components=99"], ["strategy.coda_prompt.num_components=99", "95 or 100"]),
+    (["strategy.coda_prompt.num_components=200"], ["strategy.coda_prompt.num_components=200", "192"]),
+    (["strategy.coda_prompt.layers=[0,6]"], ["strategy.coda_prompt.layers", "0 to 5"]),
+    (["strategy.coda_prompt.length=3"], ["strategy.coda_prompt.length=3", "even"]),
+    (["backbone=resnet18_slim"], ["strategy=coda_prompt", "vision transformer"]),
+    (["trainer.batch_size=1000", "trainer.drop_last=true"], ["trainer.batch_size=1000", "no step"]),
+    (["trainer.batch_size=0"], ["trainer.batch_size=0", "at least 1"]),
+    (["trainer.max_epochs=many"], ["trainer.max_epochs=many", "whole number"]),
+    (["run_dir=/dev/null/run"], ["run_dir=/dev/null/run", "cannot be written"]),
+    (["scenario=split_cifar100", "data.root=/nowhere", "data.download=false"], ["/nowhere/cifar100", "scenario=split_digits"]),
+    (["scenario=image_folder"], ["scenario.path"]),
+    (["backbone=timm", "backbone.name=vit_base_patch16_224"], ["backbone.name", "augreg2_in21k_ft_in1k"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["optimizer.lr=0"], ["optimizer.lr=0", "above 0"]),
+    (["trainer.accelerator=tpux"], ["trainer"]),
+    (["resume=/nowhere"], ["resume=/nowhere"]),
+    (["evaluation.future_tasks=true"], ["evaluation.future_tasks"]),
+    (["strategy=[finetune,joint]"], ["finetune and joint both own"]),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
+def test_bad_input_is_one_clear_line_and_leaves_nothing(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = train([*words, *(w for w in SMALL if w.partition("=")[0] not in {v.partition("=")[0] for v in words})])
+    err = capsys.readouterr().err
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for word in expected:
+        assert word in lines[0]
+    assert not os.listdir(tmp_path)
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert train(["strategy=nothing", "debug=true"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_not_overwritten(small_run, tmp_path, capsys):
+    small_run(f"run_dir={tmp_path / 'run'}", "strategy=nmc", "logger=[]")
+    assert train([f"run_dir={tmp_path / 'run'}", "strategy=nmc", *SMALL]) == 2
+    assert "resume=auto" in capsys.readouterr().err
+
+
+def test_resuming_with_another_configuration_names_the_key(small_run, tmp_path, capsys):
+    small_run(f"run_dir={tmp_path / 'run'}", "strategy=nmc", "logger=[]")
+    assert train([f"run_dir={tmp_path / 'run'}", "strategy=nmc", "resume=auto", "scenario.num_tasks=2", *SMALL[:2]]) == 2
+    assert re.search(r"scenario\.num_tasks|trainer", capsys.readouterr().err)
+
+
+def test_help_lists_the_choices():
+    out, _ = command("--help").communicate(timeout=60)
+    for word in ("coda_prompt", "split_cifar100", "vit_nano", "coda_prompt_cifar100", "trainer.", "max_epochs"):
+        assert word in out or word == "trainer."
