@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from cl_platform.backbones import Backbone
     from cl_platform.scenarios import Stream
 
-PACKAGES = ("cl-platform", "torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "scikit-learn")
+PACKAGES = (
+    "cl-platform",
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "scikit-learn",
+)
 
 
 def describe(seed: int, stream: Stream, backbone: Backbone, backbone_digest: str, transform_id: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from cl_platform.heads import Head
 from cl_platform.optimizers import OptimizerConfig, build_optimizer, schedule_factor
 from cl_platform.random_streams import stream, stream_seed
 from cl_platform.scenarios import ImageSet, Stream, Task, Transforms
-from cl_platform.strategies.base import Context, Step
+from cl_platform.strategies.base import Context, ParameterGroup, Step
 from cl_platform.strategies.composition import Composition
 
 
@@ -85,6 +85,7 @@ class ContinualLearner(L.LightningModule):
         composition.attach(context)
         self.task: Task | None = None
         self.learnt: list[int] = []
+        self.groups: list[ParameterGroup] = []
         self.epochs = 1
         self.step_in_task = 0
         self.forwards_train = 0
@@ -120,6 +121,7 @@ class ContinualLearner(L.LightningModule):
             chosen = {id(p) for p in trained_backbone}
             for parameter in self.backbone.parameters():
                 parameter.requires_grad_(id(parameter) in chosen)
+            self.backbone.train()  # it was built in eval mode, and the trainer leaves modes as they are
         else:
             self.backbone.freeze()
         self.cache.refresh()
@@ -207,7 +209,10 @@ class ContinualLearner(L.LightningModule):
         numbers = {name: float(value.detach()) for name, value in values.items()}
         if not all(torch.isfinite(torch.tensor(v)) for v in numbers.values()):
             raise UserError(
-                "optimizer.lr", self.optimizer_config.lr, f"the loss is not finite at step {self.global_step}", "Lower it"
+                "optimizer.lr",
+                self.optimizer_config.lr,
+                f"the loss is not finite at step {self.global_step}",
+                "Lower it",
             )
         for logger in self.trainer.loggers:
             logger.log_metrics(numbers, step=self.global_step)
@@ -292,3 +297,4 @@ class ContinualLearner(L.LightningModule):
         if missing or result.unexpected_keys:
             names = ", ".join([*missing, *result.unexpected_keys][:3])
             raise UserError("resume", names, "the checkpoint does not fit this configuration", "Start without resume")
+        self.to(self.device)  # parts that loading created stand on the CPU

@@ -54,5 +54,7 @@ def build_loggers(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> lis
         try:
             built.append(LOGGERS[name](folder, dict(options or {})))
         except ImportError as error:
-            raise UserError("logger", name, "its package is not installed", f"Run pip install 'cl-platform[{name}]'") from error
+            raise UserError(
+                "logger", name, "its package is not installed", f"Run pip install 'cl-platform[{name}]'"
+            ) from error
     return built

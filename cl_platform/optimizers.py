@@ -23,14 +23,18 @@ class OptimizerConfig:
 
     name: str = setting("adam", doc="rule", choices=("adam", "adamw", "sgd"))
     lr: float = setting(1e-3, doc="learning rate of an update", above=0)
-    lr_per_256: float | None = setting(None, doc="learning rate at batch 256, scaled by batch/256; replaces lr", above=0)
+    lr_per_256: float | None = setting(
+        None, doc="learning rate at batch 256, scaled by batch/256; replaces lr", above=0
+    )
     weight_decay: float = setting(0.0, doc="decay of the current task's trained parameters", min=0)
     momentum: float = setting(0.9, doc="momentum of sgd", min=0, max=1)
     nesterov: bool = setting(False, doc="Nesterov momentum of sgd")
     schedule: str = setting("constant", doc="course of the rate over a task's epochs", choices=SCHEDULES)
 
 
-def build_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup], batch_size: int) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, groups: Sequence[ParameterGroup], batch_size: int
+) -> torch.optim.Optimizer:
     """A fresh optimizer over the current task's parameter groups."""
     lr = config.lr if config.lr_per_256 is None else config.lr_per_256 * batch_size / 256
     parameters: list[dict[str, Any]] = [

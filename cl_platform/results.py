@@ -68,7 +68,11 @@ class Results:
         """Content of ``metrics.json``; what strategies say about themselves stands under ``strategy``."""
         candidates = {space: self._candidates(space) for space in self._spaces}
         summary = summarise(
-            self._matrices, self._spaces[0], row_reason=self._row_reason, candidates=candidates, extra=self._curve_entries()
+            self._matrices,
+            self._spaces[0],
+            row_reason=self._row_reason,
+            candidates=candidates,
+            extra=self._curve_entries(),
         )
         return {**summary, "strategy": strategy_facts}
 

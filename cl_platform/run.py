@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from cl_platform.evaluation import count_correct
 from cl_platform.learner import ContinualLearner, LearnerOptions
 from cl_platform.loggers import build_loggers
 from cl_platform.results import Results
+from cl_platform.resume import locate
 from cl_platform.run_config import RunConfig, TrainerConfig
-from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, latest_run, new_run_path, to_json
+from cl_platform.run_folder import Checkpoint, RunFolder, to_json
 from cl_platform.scenarios import Stream, TaskLoader, Transforms, build_stream
 from cl_platform.strategies.composition import build_strategies
 from cl_platform.strategies.phases import Phase
+from cl_platform.trainer import batches_of, build_trainer, explained_memory, quiet_libraries
 
 log = logging.getLogger("cl_platform")
 
@@ -78,7 +79,7 @@ def run(config: RunConfig) -> RunResult:
         Interrupted: Ctrl-C or SIGTERM, after the running step.
     """
     cost = Cost()
-    _quiet_libraries()
+    quiet_libraries()
     with cost.phase("data"):
         stream = build_stream(config.scenario, config.data, config.seed)
     _check_future(config, stream)
@@ -88,7 +89,7 @@ def run(config: RunConfig) -> RunResult:
         _check_sizes(config.trainer, phases, learner)
         interruption = Interruption()
         trainer = build_trainer(config.trainer, [interruption])
-        path, checkpoint = _where(config)
+        path, checkpoint = locate(config)
         folder = RunFolder(path)
     try:
         return _Run(config, stream, learner, phases, folder, cost, trainer, interruption).execute(checkpoint)
@@ -169,7 +170,7 @@ class _Run:
         return 1 if self.stream.online else self.config.trainer.max_epochs
 
     def _updates(self, phase: Phase) -> int:
-        batches = _batches(len(phase.task.train), self.config.trainer)
+        batches = batches_of(len(phase.task.train), self.config.trainer)
         return self._epochs() * -(-batches // self.config.trainer.accumulate_grad_batches)
 
     def _loop(self, first: int) -> None:
@@ -209,7 +210,7 @@ class _Run:
         self.trained_epochs += epochs
         self.trainer.fit_loop.max_epochs = self.trained_epochs
         before = self.trainer.global_step
-        with self.cost.phase("train"), _explained_memory(config):
+        with self.cost.phase("train"), explained_memory(config):
             self.trainer.fit(self.learner, train_dataloaders=loader)
         self.cost.images_trained += len(phase.task.train) * epochs
         self.cost.updates += self.trainer.global_step - before
@@ -246,7 +247,10 @@ class _Run:
         state = checkpoint.state
         if state["backbone_sha256"] != self.digest:
             raise UserError(
-                "resume", self.folder.path, "the backbone's weights are not those the run started with", "Use the same backbone"
+                "resume",
+                self.folder.path,
+                "the backbone's weights are not those the run started with",
+                "Use the same backbone",
             )
         if state["backbone_frozen"]:
             self.learner.backbone.freeze()
@@ -276,37 +280,6 @@ class _Run:
         return RunResult(self.folder.path, metrics, cost, self.learner, self.stream)
 
 
-def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Trainer:
-    """A trainer for the whole stream; epochs are granted task by task.
-
-    Raises:
-        UserError: a key that Lightning does not take.
-    """
-    try:
-        return L.Trainer(
-            max_epochs=1,
-            accelerator=config.accelerator,
-            devices=config.devices,
-            precision=config.precision,  # type: ignore[arg-type]
-            gradient_clip_val=config.gradient_clip_val,
-            accumulate_grad_batches=config.accumulate_grad_batches,
-            deterministic="warn" if config.deterministic else False,
-            logger=False,
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            **config.lightning,
-        )
-    except Exception as error:  # Lightning's own refusals: TypeError, ValueError, MisconfigurationException
-        raise UserError("trainer", config.lightning or config.accelerator, str(error).rstrip("."), "Change it") from error
-
-
-def _batches(images: int, config: TrainerConfig) -> int:
-    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
-
-
 def _check_future(config: RunConfig, stream: Stream) -> None:
     if config.evaluation.future_tasks and stream.setting != "domain":
         raise UserError(
@@ -319,81 +292,12 @@ def _check_sizes(config: TrainerConfig, phases: list[Phase], learner: ContinualL
     if not learner.composition.needs_gradient:
         return
     for phase in phases:
-        if _batches(len(phase.task.train), config) == 0:
+        if batches_of(len(phase.task.train), config) == 0:
             raise UserError(
                 "trainer.batch_size", config.batch_size,
                 f"task {phase.task.task_id} has {len(phase.task.train)} training images, so an epoch has no step",
                 "Lower it, or set trainer.drop_last=false",
             )  # fmt: skip
-
-
-def _where(config: RunConfig) -> tuple[Path, Checkpoint | None]:
-    """The run folder and, when resuming, the checkpoint to go on from."""
-    root = Path(config.output_root)
-    given = Path(config.run_dir) if config.run_dir else None
-    if config.resume is None:
-        if given is not None and (given / "config.yaml").exists():
-            raise UserError("run_dir", given, "holds a run already", "Add resume=auto, or choose another folder")
-        return given or new_run_path(root, config.scenario.kind, config.strategy_name), None
-    if config.resume != "auto":
-        given = Path(config.resume)
-        if not given.is_dir():
-            raise UserError("resume", given, "there is no such run folder", "Write resume=auto or a run folder")
-    path = given or latest_run(root, config.scenario.kind, config.strategy_name)
-    if path is None or not (path / "config.yaml").exists():
-        if config.resume == "auto":
-            return path or new_run_path(root, config.scenario.kind, config.strategy_name), None
-        raise UserError("resume", path, "holds no run", "Write resume=auto or a run folder")
-    _same_configuration(config, path)
-    return path, next(checkpoints(path), None)
-
-
-def _same_configuration(config: RunConfig, path: Path) -> None:
-    import yaml
-
-    before = yaml.safe_load((path / "config.yaml").read_text())
-    for key in sorted(set(before) | set(config.raw)):
-        if key in ("run_dir", "resume", "debug", "output_root", "logger", "data"):
-            continue
-        if before.get(key) != config.raw.get(key):
-            name = _first_difference(key, before.get(key), config.raw.get(key))
-            raise UserError("resume", path, f"the run was started with another {name}", "Use the same configuration")
-
-
-def _first_difference(key: str, one: Any, other: Any) -> str:
-    if isinstance(one, dict) and isinstance(other, dict):
-        for name in [*one, *other]:
-            if one.get(name) != other.get(name):
-                return _first_difference(f"{key}.{name}", one.get(name), other.get(name))
-    return key
-
-
-class _explained_memory:
-    """Turns an out-of-memory error into one line about the batch size."""
-
-    def __init__(self, config: TrainerConfig) -> None:
-        self.config = config
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        words = ("out of memory", "can't allocate memory", "bad_alloc")
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words)):
-            smaller = max(1, self.config.batch_size // 2)
-            raise UserError(
-                "trainer.batch_size", self.config.batch_size, "does not fit into memory",
-                f"Set trainer.batch_size={smaller} and trainer.accumulate_grad_batches=2",
-            ) from error  # fmt: skip
-
-
-def _quiet_libraries() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*experiment logs directory.*", ".*srun.*",
-                    ".*isinstance.treespec, LeafSpec.*", ".*Detected call of `lr_scheduler.step.*", ".*number of training batches.*",
-                    r".*module\(s\) in eval mode at the start.*"):  # fmt: skip
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _yaml(raw: dict[str, Any]) -> str:
@@ -403,5 +307,10 @@ def _yaml(raw: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -36,7 +36,9 @@ class TrainerConfig:
 class HeadConfig:
     """Keys of ``head``."""
 
-    init: str = setting("trunc_normal", doc="first weights of a head block", choices=("trunc_normal", "zeros", "linear"))
+    init: str = setting(
+        "trunc_normal", doc="first weights of a head block", choices=("trunc_normal", "zeros", "linear")
+    )
 
 
 @dataclass(frozen=True)

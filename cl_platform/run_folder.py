@@ -75,7 +75,9 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError("run_dir", path, "another run is writing to it", "Wait for it, or choose another") from error
+            raise UserError(
+                "run_dir", path, "another run is writing to it", "Wait for it, or choose another"
+            ) from error
 
     def close(self) -> None:
         """Release the lock."""

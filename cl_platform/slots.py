@@ -81,7 +81,9 @@ class Slots(nn.Module):
                 self.drop(task_id)
         for task_id in sorted(found):
             shapes = {n: tuple(t.shape) for n, t in found[task_id].items()}
-            here = {n: tuple(t.shape) for n, t in self.tasks[str(task_id)].state_dict().items()} if task_id in self else {}
+            here = (
+                {n: tuple(t.shape) for n, t in self.tasks[str(task_id)].state_dict().items()} if task_id in self else {}
+            )
             if shapes != here:
                 device = self._device()
                 self.add(task_id, **{n: torch.empty_like(t, device=device) for n, t in found[task_id].items()})

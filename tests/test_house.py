@@ -26,7 +26,17 @@ MAY_IMPORT = {  # room -> rooms below it
     "optimizers": {"config", "errors", "strategies"},
     "backbones": {"errors", "config", "registry", "random_streams", "batch"},
     "scenarios": {"errors", "config", "registry", "random_streams", "batch"},
-    "strategies": {"backbones", "scenarios", "heads", "slots", "batch", "config", "errors", "registry", "random_streams"},
+    "strategies": {
+        "backbones",
+        "scenarios",
+        "heads",
+        "slots",
+        "batch",
+        "config",
+        "errors",
+        "registry",
+        "random_streams",
+    },
     "learner": {"strategies", "backbones", "scenarios", "heads", "optimizers", "batch", "errors", "random_streams"},
     "evaluation": {"learner", "scenarios", "heads"},
     "estimate": {"learner", "scenarios", "strategies"},
@@ -81,7 +91,10 @@ def test_every_key_of_every_yaml_has_a_comment():
 
 def test_the_command_line_starts_without_torch():
     code = "import sys, cl_platform.cli.train; print('torch' in sys.modules, 'avalanche' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
+        "False",
+        "False",
+    ]
 
 
 def test_running_never_imports_avalanche_by_itself():

@@ -18,7 +18,9 @@ def test_the_lagged_cosine_runs_two_epochs_at_the_full_rate_and_ends_above_zero(
 
 def test_the_plain_cosine():
     factor = schedule_factor("cosine", 4)
-    assert [round(factor(e), 6) for e in range(4)] == [round(0.5 * (1 + math.cos(math.pi * e / 4)), 6) for e in range(4)]
+    assert [round(factor(e), 6) for e in range(4)] == [
+        round(0.5 * (1 + math.cos(math.pi * e / 4)), 6) for e in range(4)
+    ]
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

@@ -10,13 +10,13 @@ import warnings
 import lightning as L
 import torch
 
-from cl_platform.backbones import Backbone, PromptedViT, build_backbone
+from cl_platform import registry
+from cl_platform.backbones import Backbone, PromptedViT
 from cl_platform.backbones.nano import nano_model
 from cl_platform.batch import Batch
 from cl_platform.cli.compose import compose
 from cl_platform.learner import ContinualLearner, LearnerOptions
 from cl_platform.random_streams import RUN_LEVEL, seeded_globals
-from cl_platform.run import build_trainer
 from cl_platform.run_config import RunConfig, parse
 from cl_platform.scenarios import Stream, Task, TaskLoader, Transforms, build_stream
 from cl_platform.strategies import Step, Strategy, build_strategies
@@ -26,13 +26,17 @@ SMALL = (
     "scenario.train_per_class=10", "scenario.test_per_class=6", "trainer.accelerator=cpu", "trainer.batch_size=8",
     "trainer.max_epochs=1", "trainer.progress=false",
 )  # fmt: skip
-DEPTH, WIDTH = 2, 32
+WIDTH = 32
+SHAPED = {"num_components": 12}  # keys whose recommended value does not fit so small a trunk
 
 
 @functools.cache
 def config_of(strategy: str, *overrides: str) -> RunConfig:
-    """The configuration that a user gets who types ``strategy=...`` and the overrides."""
-    return parse(compose([f"strategy={strategy}", *SMALL, *overrides]))
+    """The configuration that a user gets who types ``strategy=...`` and the overrides; made to fit :func:`tiny_vit`."""
+    fields = {field.name for field in dataclasses.fields(registry.strategies.get(strategy).Config)}
+    given = {override.partition("=")[0].rpartition(".")[2] for override in overrides}
+    fitting = [f"strategy.{strategy}.{k}={v}" for k, v in SHAPED.items() if k in fields - given]
+    return parse(compose([f"strategy={strategy}", *SMALL, *fitting, *overrides]))
 
 
 @functools.cache
@@ -43,16 +47,18 @@ def digits(num_tasks: int = 2, setting: str = "class") -> Stream:
     return dataclasses.replace(stream, tasks=stream.tasks[:num_tasks])
 
 
-def tiny_vit(seed: int = 0, **changes: object) -> PromptedViT:
-    """Two blocks of width 32 with random weights."""
-    with seeded_globals(seed, RUN_LEVEL, "backbone_init"):
-        model = nano_model(embed_dim=WIDTH, depth=DEPTH, num_heads=2, **changes)
+def tiny_vit(**changes: object) -> PromptedViT:
+    """Five blocks of width 32 with random weights, in eval mode; 17 tokens at 32 pixels."""
+    with seeded_globals(0, RUN_LEVEL, "tiny"):
+        model = nano_model(**{"embed_dim": WIDTH, "depth": 5, "num_heads": 2, **changes})
+        for parameter in model.parameters():  # zero biases and tiny tokens would hide an error
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
     return PromptedViT(model.eval(), 32)
 
 
 def built(config: RunConfig, stream: Stream, seed: int = 0, backbone: Backbone | None = None) -> ContinualLearner:
-    """A learner that has learnt nothing, on the configured backbone or another one."""
-    backbone = build_backbone(config.backbone, seed) if backbone is None else backbone
+    """A learner that has learnt nothing, on :func:`tiny_vit` or another backbone."""
+    backbone = tiny_vit() if backbone is None else backbone
     transforms = Transforms.from_scenario(config.scenario, backbone.input_size, backbone.mean, backbone.std)
     options = LearnerOptions(seed, config.trainer.batch_size, config.head.init, config.evaluation.cache_bytes)
     return ContinualLearner(
@@ -61,9 +67,22 @@ def built(config: RunConfig, stream: Stream, seed: int = 0, backbone: Backbone |
 
 
 def trainer_for(config: RunConfig, *callbacks: L.Callback) -> L.Trainer:
-    """The run's trainer, without its talk."""
+    """A trainer of one epoch as a run makes it, without loggers and without its talk."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    return build_trainer(config.trainer, [], list(callbacks))
+    return L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        precision=config.trainer.precision,
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
 
 
 def fit(learner: ContinualLearner, config: RunConfig, task: Task, *callbacks: L.Callback, epochs: int = 1) -> None:

@@ -33,7 +33,7 @@ class BackboneConfig:
     prefix: str | None = setting(None, doc="keep only the file's keys that begin with this, and strip it")
     container: str | None = setting(None, doc="entry of the file that holds the weights, dots go deeper")
     input_size: int | None = setting(None, min=8, doc="side of the square input in pixels; null: the network's own")
-    input_norm: str | list[Any] = setting("timm", doc="timm | unit | imagenet | [mean, std]")  # noqa: RUF009
+    input_norm: str | list[Any] = setting("timm", doc="timm | unit | imagenet | [mean, std]")
     grad_checkpointing: bool = setting(False, doc="recompute blocks in the backward pass to save memory")
     _target_: str | None = setting(None, doc="dotted path of your own module, for kind=custom")
     kwargs: dict[str, Any] = field(default_factory=dict, metadata={"doc": "arguments of _target_ or of timm's model"})

@@ -18,6 +18,8 @@ READ_BATCH = 256
 class FeatureCache:
     """Pre-head features per (trunk digest, transform, task, split); a stale key is a miss, never a wrong answer.
 
+    Other images under a known name are a miss as well: their ids are compared.
+
     Args:
         backbone: whose features are kept; its digest is part of the key.
         evaluate: the evaluation transform, uint8 (B, 3, H, W) -> float (B, 3, S, S).
@@ -36,7 +38,7 @@ class FeatureCache:
     ) -> None:
         self._backbone, self._evaluate, self._transform_id = backbone, evaluate, transform_id
         self.max_bytes, self.autocast = max_bytes, autocast
-        self._kept: dict[tuple[str, str, int, str], Tensor] = {}
+        self._kept: dict[tuple[str, str, int, str], tuple[Tensor, Tensor]] = {}  # features and example ids of the rows
         self._digest = ""
         self.images_forwarded = 0
         self.evictions = 0
@@ -44,7 +46,7 @@ class FeatureCache:
     @property
     def bytes(self) -> int:
         """Size of everything kept."""
-        return sum(t.element_size() * t.numel() for t in self._kept.values())
+        return sum(t.element_size() * t.numel() for t, _ in self._kept.values())
 
     def refresh(self) -> None:
         """Read the trunk's digest again; called at task boundaries, not per step."""
@@ -66,11 +68,12 @@ class FeatureCache:
             self.refresh()
         key = (self._digest, self._transform_id, task_id, split)
         kept = self._kept.get(key)
-        if kept is None or len(kept) != len(image_set):
-            kept = self._compute(image_set)
+        if kept is None or not torch.equal(kept[1], image_set.example_ids):
+            kept = (self._compute(image_set), image_set.example_ids.clone())
+            self._kept.pop(key, None)  # the newest stands last
             self._kept[key] = kept
             self._evict(key)
-        return kept
+        return kept[0]
 
     @torch.no_grad()
     def _compute(self, image_set: Any) -> Tensor:

@@ -40,7 +40,7 @@ def check_choices(overrides: Sequence[str]) -> None:
     for override in overrides:
         name, _, value = override.partition("=")
         group = name.lstrip("+~").partition("@")[0]
-        if group not in known or "=" not in override:
+        if group not in known or "=" not in override or "(" in value:  # a sweep's function, such as glob(*)
             continue
         for choice in filter(None, re.split(r"[\[\],\s]+", value.strip("'\""))):
             if choice not in known[group] and choice != "null":
@@ -64,7 +64,9 @@ def explain(error: Exception, overrides: Sequence[str], known_keys: Sequence[str
         return UserError(key, given, "unknown key", f"Did you mean {near[0]}" if near else "See python train.py --help")
     bad = next((o for o in overrides if o in text), overrides[0] if overrides else "")
     name, _, value = bad.partition("=")
-    return UserError(name or "command line", value, text[:300].rstrip("."), "Write KEY=VALUE, see python train.py --help")
+    return UserError(
+        name or "command line", value, text[:300].rstrip("."), "Write KEY=VALUE, see python train.py --help"
+    )
 
 
 def flat_keys(values: Any, prefix: str = "") -> list[str]:

@@ -33,7 +33,7 @@ def train(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = any(a.lower() == "debug=true" for a in overrides)
     try:
-        check_choices(overrides if "-m" not in arguments and "--multirun" not in arguments else [])
+        check_choices(overrides)
         return _with_hydra(list(arguments), overrides)
     except UserError as error:
         if debug:
@@ -52,7 +52,8 @@ def train(arguments: Sequence[str]) -> int:
 def _our_fault(error: Exception) -> int:
     traceback.print_exc()
     print(
-        f"error: this is a fault of cl_platform ({type(error).__name__}); please report the lines above with your command",
+        f"error: this is a fault of cl_platform ({type(error).__name__}); "
+        "please report the lines above with your command",
         file=sys.stderr,
     )
     return 70

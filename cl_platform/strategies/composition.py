@@ -147,7 +147,10 @@ def _owner(strategies: Sequence[Strategy], role: str) -> str | None:
     owners = [strategy.name for strategy in strategies if role in strategy.owns]
     if len(owners) > 1:
         raise UserError(
-            "strategy", f"[{','.join(s.name for s in strategies)}]", f"{' and '.join(owners)} both own the {role}", "Keep one of them"
+            "strategy",
+            f"[{','.join(s.name for s in strategies)}]",
+            f"{' and '.join(owners)} both own the {role}",
+            "Keep one of them",
         )
     return owners[0] if owners else None
 

@@ -30,9 +30,9 @@ class DualPromptConfig:
     """Keys of ``dual_prompt``; G and E as in the paper."""
 
     g_length: int = setting(5, doc="rows that the G-prompt adds to keys and to values; 0 switches it off", min=0)
-    g_layers: list[int] = setting(factory=lambda: [0, 1], doc="blocks that receive the G-prompt")  # noqa: RUF009
+    g_layers: list[int] = setting(factory=lambda: [0, 1], doc="blocks that receive the G-prompt")
     e_length: int = setting(5, doc="rows that an E-prompt adds to keys and to values; 0 switches them off", min=0)
-    e_layers: list[int] = setting(factory=lambda: [2, 3, 4], doc="blocks that receive the E-prompt")  # noqa: RUF009
+    e_layers: list[int] = setting(factory=lambda: [2, 3, 4], doc="blocks that receive the E-prompt")
     pull: float = setting(1.0, doc="lambda, weight of the term that draws a task's key to its queries", min=0)
     copy_previous: bool = setting(True, doc="a task's E-prompt starts from the previous task's")
     isolated: bool = setting(False, doc="train the G-prompt on the first task only, and copy no E-prompt")

@@ -1,6 +1,8 @@
 """Small learners for the fidelity tests: a tiny vision transformer, a stream of coloured noise, real training."""
 
+import logging
 import re
+import warnings
 
 import lightning as L
 import numpy as np
@@ -68,6 +70,7 @@ class Bench:
         self.learner = ContinualLearner(
             tiny_vit(**(vit or {})), build_strategies(strategy), transforms, self.stream, rule, options
         )
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         self.trainer = self.learner.trainer = L.Trainer(
             accelerator="cpu", devices=1, precision=precision, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -91,7 +94,9 @@ class Bench:
             self.begin(task_id, epochs)
             self.epochs += epochs
             self.trainer.fit_loop.max_epochs = self.epochs
-            self.trainer.fit(self.learner, train_dataloaders=self._loader(task))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about a frozen trunk in eval mode, which is what is wanted
+                self.trainer.fit(self.learner, train_dataloaders=self._loader(task))
             self.learner.end_task(task)
         return self
 

@@ -1,6 +1,7 @@
 """Every registered strategy trains on every kind of scenario; every preset composes."""
 
 import json
+import shutil
 
 import pytest
 
@@ -13,7 +14,13 @@ from cl_platform.run_config import parse
 @pytest.mark.parametrize("name", registry.strategies.names())
 @pytest.mark.parametrize("scenario", ["split_digits", "rotated_digits"])
 def test_a_strategy_learns_a_stream(name, scenario, small_run, tmp_path):
-    result = small_run(f"strategy={name}", f"scenario={scenario}", "scenario.train_per_class=6", f"run_dir={tmp_path / 'run'}", "logger=[]")
+    result = small_run(
+        f"strategy={name}",
+        f"scenario={scenario}",
+        "scenario.train_per_class=6",
+        f"run_dir={tmp_path / 'run'}",
+        "logger=[]",
+    )
     space = "cil" if scenario == "split_digits" else "dil"
     assert result.metrics[f"acc_{space}"]["value"] is not None
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == result.metrics
@@ -28,7 +35,9 @@ def test_task_incremental_answers_are_given_within_the_task(setting, small_run, 
 
 
 def test_an_online_scenario_passes_over_each_task_once(small_run, tmp_path):
-    result = small_run("strategy=finetune", "scenario.online=true", "trainer.max_epochs=3", f"run_dir={tmp_path / 'run'}")
+    result = small_run(
+        "strategy=finetune", "scenario.online=true", "trainer.max_epochs=3", f"run_dir={tmp_path / 'run'}"
+    )
     assert result.cost["images_trained"] == 5 * 24
 
 
@@ -59,3 +68,18 @@ def test_every_scenario_is_a_valid_configuration(scenario):
 @pytest.mark.parametrize("backbone", groups()["backbone"])
 def test_every_backbone_is_a_valid_configuration(backbone):
     assert parse(compose([f"backbone={backbone}"])).backbone.kind in registry.backbones
+
+
+@pytest.mark.parametrize("name", registry.strategies.names())
+def test_a_run_cut_off_after_a_task_ends_with_the_same_bytes(name, small_run, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = (f"strategy={name}", "scenario.train_per_class=6", "logger=[]")
+    small_run(*overrides, f"run_dir={whole}")
+    shutil.copytree(whole, cut)
+    (cut / "metrics.json").unlink()
+    checkpoints = sorted((cut / "checkpoints").iterdir())
+    for later in checkpoints[2:] if len(checkpoints) > 2 else checkpoints:
+        shutil.rmtree(later)
+    small_run(*overrides, f"run_dir={cut}", "resume=auto")
+    for file in ("metrics.json", "accuracy_matrix.csv", "checkpoints/task_4/model.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file

@@ -139,7 +139,10 @@ REFUSED = [
     (["trainer.batch_size=0"], ["trainer.batch_size=0", "at least 1"]),
     (["trainer.max_epochs=many"], ["trainer.max_epochs=many", "whole number"]),
     (["run_dir=/dev/null/run"], ["run_dir=/dev/null/run", "cannot be written"]),
-    (["scenario=split_cifar100", "data.root=/nowhere", "data.download=false"], ["/nowhere/cifar100", "scenario=split_digits"]),
+    (
+        ["scenario=split_cifar100", "data.root=/nowhere", "data.download=false"],
+        ["/nowhere/cifar100", "scenario=split_digits"],
+    ),
     (["scenario=image_folder"], ["scenario.path"]),
     (["backbone=timm", "backbone.name=vit_base_patch16_224"], ["backbone.name", "augreg2_in21k_ft_in1k"]),
     (["seed=-1"], ["seed=-1"]),
@@ -178,7 +181,9 @@ def test_a_run_folder_is_not_overwritten(small_run, tmp_path, capsys):
 
 def test_resuming_with_another_configuration_names_the_key(small_run, tmp_path, capsys):
     small_run(f"run_dir={tmp_path / 'run'}", "strategy=nmc", "logger=[]")
-    assert train([f"run_dir={tmp_path / 'run'}", "strategy=nmc", "resume=auto", "scenario.num_tasks=2", *SMALL[:2]]) == 2
+    assert (
+        train([f"run_dir={tmp_path / 'run'}", "strategy=nmc", "resume=auto", "scenario.num_tasks=2", *SMALL[:2]]) == 2
+    )
     assert re.search(r"scenario\.num_tasks|trainer", capsys.readouterr().err)
 
 

@@ -1,0 +1,51 @@
+"""Where a run goes, and what it can go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cl_platform.errors import UserError
+from cl_platform.run_config import RunConfig
+from cl_platform.run_folder import Checkpoint, checkpoints, latest_run, new_run_path
+
+
+def locate(config: RunConfig) -> tuple[Path, Checkpoint | None]:
+    """The run folder and, when resuming, the checkpoint to go on from."""
+    root = Path(config.output_root)
+    given = Path(config.run_dir) if config.run_dir else None
+    if config.resume is None:
+        if given is not None and (given / "config.yaml").exists():
+            raise UserError("run_dir", given, "holds a run already", "Add resume=auto, or choose another folder")
+        return given or new_run_path(root, config.scenario.kind, config.strategy_name), None
+    if config.resume != "auto":
+        given = Path(config.resume)
+        if not given.is_dir():
+            raise UserError("resume", given, "there is no such run folder", "Write resume=auto or a run folder")
+    path = given or latest_run(root, config.scenario.kind, config.strategy_name)
+    if path is None or not (path / "config.yaml").exists():
+        if config.resume == "auto":
+            return path or new_run_path(root, config.scenario.kind, config.strategy_name), None
+        raise UserError("resume", path, "holds no run", "Write resume=auto or a run folder")
+    _same_configuration(config, path)
+    return path, next(checkpoints(path), None)
+
+
+def _same_configuration(config: RunConfig, path: Path) -> None:
+    import yaml
+
+    before = yaml.safe_load((path / "config.yaml").read_text())
+    for key in sorted(set(before) | set(config.raw)):
+        if key in ("run_dir", "resume", "debug", "output_root", "logger", "data"):
+            continue
+        if before.get(key) != config.raw.get(key):
+            name = _first_difference(key, before.get(key), config.raw.get(key))
+            raise UserError("resume", path, f"the run was started with another {name}", "Use the same configuration")
+
+
+def _first_difference(key: str, one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in [*one, *other]:
+            if one.get(name) != other.get(name):
+                return _first_difference(f"{key}.{name}", one.get(name), other.get(name))
+    return key

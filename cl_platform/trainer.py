@@ -1,0 +1,84 @@
+"""The Lightning trainer of a run, its silence, and its memory errors in one line."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+
+from cl_platform.errors import UserError
+from cl_platform.run_config import TrainerConfig
+
+NOISE = (
+    ".*does not have many workers.*",
+    ".*experiment logs directory.*",
+    ".*srun.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*Detected call of `lr_scheduler.step.*",
+    ".*number of training batches.*",
+    r".*module\(s\) in eval mode at the start.*",
+)
+"""Lightning's warnings about what is meant to be so here."""
+
+
+def quiet_libraries() -> None:
+    """Keep Lightning's chatter out of the terminal."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Trainer:
+    """A trainer for the whole stream; epochs are granted task by task.
+
+    Raises:
+        UserError: a key that Lightning does not take.
+    """
+    try:
+        return L.Trainer(
+            max_epochs=1,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision=config.precision,  # type: ignore[arg-type]
+            gradient_clip_val=config.gradient_clip_val,
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            deterministic="warn" if config.deterministic else False,
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **config.lightning,
+        )
+    except Exception as error:  # Lightning's own refusals: TypeError, ValueError, MisconfigurationException
+        raise UserError(
+            "trainer", config.lightning or config.accelerator, str(error).rstrip("."), "Change it"
+        ) from error
+
+
+def batches_of(images: int, config: TrainerConfig) -> int:
+    """Batches of one epoch."""
+    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
+
+
+@contextmanager
+def explained_memory(config: TrainerConfig) -> Iterator[None]:
+    """Turn an out-of-memory error inside the block into one line about the batch size."""
+    words = ("out of memory", "can't allocate memory", "bad_alloc")
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        smaller = max(1, config.batch_size // 2)
+        raise UserError(
+            "trainer.batch_size",
+            config.batch_size,
+            "does not fit into memory",
+            f"Set trainer.batch_size={smaller} and trainer.accumulate_grad_batches=2",
+        ) from error
