@@ -86,11 +86,13 @@ class ContinualLearner(L.LightningModule):
         self.task: Task | None = None
         self.learnt: list[int] = []
         self.groups: list[ParameterGroup] = []
+        self.groups: list[ParameterGroup] = []
         self.epochs = 1
         self.step_in_task = 0
         self.forwards_train = 0
         self._first_epoch = 0
         self._last_step: Step | None = None
+        self._all_finite = torch.ones((), dtype=torch.bool)
         self._train_query: Tensor | None = None
 
     def precision_context(self) -> AbstractContextManager[Any]:
@@ -131,7 +133,12 @@ class ContinualLearner(L.LightningModule):
             self._train_query = self.cache.features(task.task_id, "train", task.train)
 
     def end_task(self, task: Task) -> None:
-        """Consolidate; the task counts as learnt from here on."""
+        """Consolidate; the task counts as learnt from here on.
+
+        Raises:
+            UserError: a loss of the task was not finite.
+        """
+        self._refuse_infinite()
         self.composition.end_task(task)
         self.learnt.append(task.task_id)
         self._train_query = None
@@ -203,19 +210,26 @@ class ContinualLearner(L.LightningModule):
             return batch.with_extra(query=self.backbone(batch.images).float())
 
     def _log_losses(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        if self.global_step % self.options.log_every or not self.trainer.loggers:
+        self._all_finite = self._all_finite.to(loss.device) & torch.isfinite(loss.detach())
+        if self.global_step % self.options.log_every:
+            return
+        self._refuse_infinite()
+        if not self.trainer.loggers:
             return
         values = {"train/loss": loss, **{f"train/loss_{name}": value for name, value in terms.items()}}
         numbers = {name: float(value.detach()) for name, value in values.items()}
-        if not all(torch.isfinite(torch.tensor(v)) for v in numbers.values()):
+        for logger in self.trainer.loggers:
+            logger.log_metrics(numbers, step=self.global_step)
+
+    def _refuse_infinite(self) -> None:
+        if not bool(self._all_finite):
+            assert self.task is not None
             raise UserError(
                 "optimizer.lr",
                 self.optimizer_config.lr,
-                f"the loss is not finite at step {self.global_step}",
-                "Lower it",
+                f"the loss stopped being finite by step {self.global_step}, in task {self.task.task_id}",
+                "Lower it; resume=auto goes on after the last good task",
             )
-        for logger in self.trainer.loggers:
-            logger.log_metrics(numbers, step=self.global_step)
 
     def on_after_backward(self) -> None:
         """Strategies' gradient surgery."""

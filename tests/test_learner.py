@@ -65,19 +65,17 @@ def test_every_strategy_is_covered():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_depends_neither_on_batch_mates_nor_on_their_order_nor_on_the_batch_size(name):
-    learner, images = ready(name), images_of(digits(), "train")[:66]
-    images = torch.cat([images, images_of(digits())])[:65]
+    learner = ready(name)
+    images = torch.cat([images_of(digits(), "train"), images_of(digits())[:16]])[:65]
     expected = answers(learner, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     top = expected.topk(2, dim=1).values
     clear = (top[:, 0] - top[:, 1]) > 1e-4
     assert clear.any()
-    for size in (1, 2, 7, 64):
-        for rows in (torch.arange(len(images)), order):
-            found = torch.empty_like(expected)
-            found[rows] = answers(learner, images[rows], size)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-            assert torch.equal(found.argmax(1)[clear], expected.argmax(1)[clear])
+    for size, rows in ((64, torch.arange(len(images))), (64, order), (7, order[:21]), (2, order[:8]), (1, order[:8])):
+        found, wanted = answers(learner, images[rows], size), expected[rows]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.argmax(1)[clear[rows]], wanted.argmax(1)[clear[rows]])
 
 
 @pytest.mark.parametrize("name", NAMES)

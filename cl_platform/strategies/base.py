@@ -196,14 +196,3 @@ class Strategy(nn.Module):
     def inspect(self) -> dict[str, Any]:
         """JSON-able facts for ``metrics.json``, such as which classifier rule answered."""
         return {}
-
-
-def detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors cut off from the graph."""
-    return [tensor.detach() for tensor in tensors]
-
-
-def stack_frozen(past: Sequence[Tensor], current: Tensor | None, dim: int) -> Tensor:
-    """Concatenate parts of past tasks, detached, and the trained one along ``dim``."""
-    parts = detached(past) + ([current] if current is not None else [])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -18,7 +18,7 @@ from cl_platform.heads import cross_entropy
 from cl_platform.random_streams import stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
-from cl_platform.strategies.base import Context, Needs, ParameterGroup, Step, Strategy, stack_frozen
+from cl_platform.strategies.base import Context, Needs, ParameterGroup, Step, Strategy
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
@@ -63,7 +63,7 @@ class CODAPrompt(Strategy):
         """Check the components against the stream and the trunk.
 
         Raises:
-            UserError: components do not divide by the tasks, exceed the width, or name a block that is not there.
+            UserError: components do not divide by the tasks, exceed the width, or name no block or one that is not there.
         """
         super().attach(context)
         config, key = self.config, "strategy.coda_prompt"
@@ -81,13 +81,17 @@ class CODAPrompt(Strategy):
             self.per_task = total // context.num_tasks
         else:
             self.per_task = config.components_per_task
-        total = self.per_task * context.num_tasks
-        if total > context.backbone.feature_dim:
+        total, width = self.per_task * context.num_tasks, context.backbone.feature_dim
+        if total > width:
+            name = "num_components" if config.components_per_task is None else "components_per_task"
             raise UserError(
-                f"{key}.num_components", total, f"must be at most the trunk's width {context.backbone.feature_dim}",
+                f"{key}.{name}", getattr(config, name),
+                f"all {context.num_tasks} tasks together may have at most {width} components, the trunk's width",
                 "Lower it: no more rows can be orthogonal",
             )  # fmt: skip
         check_layers(f"{key}.layers", config.layers, context)
+        if not config.layers:
+            raise UserError(f"{key}.layers", config.layers, "at least one block is needed", f"Name one, or set {key}.length=0")
         if config.length % 2:
             raise UserError(f"{key}.length", config.length, "must be even: half are keys, half values", "Change it")
 
@@ -125,10 +129,8 @@ class CODAPrompt(Strategy):
 
     def _stacked(self, part: str) -> Tensor:
         """All rows (layers, M, ...) of learnt tasks; only the current task's carry a gradient."""
-        bank, now = self.bank, self._current
-        past = [bank.get(t, part) for t in bank.task_ids if t != now]
-        current = bank.get(now, part) if now in bank else None
-        return stack_frozen(past, current, dim=1)
+        tensors = {t: self.bank.get(t, part) for t in self.bank.task_ids}  # ascending, whatever is being trained
+        return torch.cat([t if task_id == self._current else t.detach() for task_id, t in tensors.items()], dim=1)
 
     def prompts(self, query: Tensor) -> Tensor:
         """Prompts (layers, B, L, D) for queries (B, D), in fp32."""
@@ -158,10 +160,11 @@ class CODAPrompt(Strategy):
     def penalty(self) -> Tensor:
         """``sum over layers and parts of mean((X X^T - I)^2)``; old rows are constants, so new rows move away."""
         total = torch.zeros((), device=next(self.parameters()).device)
-        for part in PARTS:
-            rows = self._stacked(part).flatten(2)  # (layers, M, dim)
-            gram = rows @ rows.transpose(1, 2)
-            total = total + (gram - torch.eye(rows.shape[1], device=rows.device)).square().mean(dim=(1, 2)).sum()
+        with torch.autocast(device_type=total.device.type, enabled=False):
+            for part in PARTS:
+                rows = self._stacked(part).flatten(2)  # (layers, M, dim)
+                gram = rows @ rows.transpose(1, 2)
+                total = total + (gram - torch.eye(rows.shape[1], device=rows.device)).square().mean(dim=(1, 2)).sum()
         return total
 
 

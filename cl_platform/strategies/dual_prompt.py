@@ -100,9 +100,8 @@ class DualPrompt(Strategy):
         yield ParameterGroup([p for p in own if p.numel()] + self._head_rows)
 
     def _stacked(self, part: str) -> Tensor:
-        """A part of every E-prompt (tasks, ...), ascending task id; only the current task's carries a gradient."""
-        rows = {task_id: self.e_prompt.get(task_id, part) for task_id in self.e_prompt.task_ids}
-        return torch.stack([row if task_id == self._current else row.detach() for task_id, row in rows.items()])
+        """A part of every E-prompt (tasks, ...), ascending task id; those of past tasks are frozen."""
+        return torch.stack(self.e_prompt.all(part))
 
     @torch.no_grad()
     def select(self, batch: Batch) -> Tensor:

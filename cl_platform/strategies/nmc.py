@@ -62,12 +62,13 @@ class NMC(Strategy):
         self.stats.add(task.task_id, **self._record(features, labels, task.classes))
 
     def _record(self, features: Tensor, labels: Tensor, classes: tuple[int, ...]) -> dict[str, Tensor]:
+        features = features.double()  # in float32 a normalised value could round to just above 1
         if self.config.mean == "normalised":
             features = F.normalize(features, dim=1)
         largest = float(features.abs().max()) if len(features) else 0.0
-        if largest > self.bound:
+        if not largest <= self.bound:  # a NaN is refused as well
             raise UserError("strategy.nmc.bound", self.bound, f"a feature value of {largest:.4g} lies beyond it", "Raise it")
-        grid = (features.double() * self.scale).round()  # integers in float64
+        grid = (features * self.scale).round()  # integers in float64
         order = sorted(classes)
         index = torch.searchsorted(torch.tensor(order, device=labels.device), labels)
         total = torch.zeros(len(order), features.shape[1], dtype=torch.float64, device=features.device)
@@ -89,8 +90,9 @@ class NMC(Strategy):
                     sums[int(c)] = sums[int(c)] + total if int(c) in sums else total
                     counts[int(c)] = counts.get(int(c), 0) + int(n)
         classes = sorted(sums)
-        means = torch.stack([sums[c] / (counts[c] * self.scale) for c in classes])  # (S, D) float64
-        return classes, means
+        if not classes:
+            return [], torch.zeros(0, self.context.backbone.feature_dim, dtype=torch.float64)
+        return classes, torch.stack([sums[c] / (counts[c] * self.scale) for c in classes])  # (S, D) float64
 
     def forward(self, batch: Batch) -> Tensor:
         """The frozen trunk's features (B, D)."""

@@ -1,4 +1,4 @@
-"""DualPrompt is DualPrompt because a shared prefix and the prefix of one task, found by its key, enter different blocks."""
+"""DualPrompt is DualPrompt because a shared prefix and the prefix of one task, found by its key, act side by side."""
 
 import pytest
 import torch
@@ -65,7 +65,9 @@ def test_what_every_prompt_strategy_promises(prompt_promise, learner_of):
 
 def test_prompts_and_keys_start_uniform_from_keyed_streams(bench_of):
     strategy = bench_of(copy_previous=False).begin(0).begin(2).strategy
-    assert torch.equal(strategy.g_prompt, torch.rand(2, 2, 2, 32, generator=stream(0, RUN_LEVEL, "dual_prompt_init")) * 0.01)
+    assert torch.equal(
+        strategy.g_prompt, torch.rand(2, 2, 2, 32, generator=stream(0, RUN_LEVEL, "dual_prompt_init")) * 0.01
+    )
     for task_id in (0, 2):
         generator = stream(0, task_id, "dual_prompt_init")
         assert torch.equal(strategy.e_prompt.get(task_id, "key"), torch.rand(32, generator=generator) * 0.01)
@@ -106,7 +108,9 @@ def test_rows_of_a_prefix_are_a_set_of_key_value_pairs(mixed):
         return answer
 
     assert torch.allclose(after(lambda p: p.roll(1, dims=2)), before, atol=1e-5)
-    assert not torch.allclose(after(lambda p: torch.stack([p[:, 0].roll(1, dims=1), p[:, 1]], dim=1)), before, atol=1e-2)
+    assert not torch.allclose(
+        after(lambda p: torch.stack([p[:, 0].roll(1, dims=1), p[:, 1]], dim=1)), before, atol=1e-2
+    )
     assert not torch.allclose(after(lambda p: p.flip(1)), before, atol=1e-2)
 
 

@@ -200,7 +200,9 @@ def test_a_batch_votes_in_training_only(bench_of):
     assert len(own.unique(dim=0)) > 3
     voted = bench.strategy.select(bench.batch(task_id=0))
     assert len(voted.unique(dim=0)) == 1
-    assert voted[0].tolist() == own.flatten().bincount(minlength=8).sort(descending=True, stable=True).indices[:2].tolist()
+    assert (
+        voted[0].tolist() == own.flatten().bincount(minlength=8).sort(descending=True, stable=True).indices[:2].tolist()
+    )
 
 
 def test_a_mask_gives_training_rows_their_tasks_prompts_while_the_pool_lasts(bench_of):
