@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,19 @@ LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
 }
 
 
-def build_loggers(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Any]:
-    """The run's loggers, writing below ``folder``.
+def check_loggers(names: Iterable[str]) -> None:
+    """Refuse loggers that cannot be built, before anything is written.
 
     Raises:
         UserError: an unknown logger, or one whose package is not installed.
     """
-    built = []
-    for name, options in configs.items():
+    for name in names:
         if name not in LOGGERS:
             raise unknown_name("logger", name, LOGGERS)
-        try:
-            built.append(LOGGERS[name](folder, dict(options or {})))
-        except ImportError as error:
-            raise UserError(
-                "logger", name, "its package is not installed", f"Run pip install 'cl-platform[{name}]'"
-            ) from error
-    return built
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise UserError("logger", name, "its package is not installed", f"Run pip install 'cl-platform[{name}]'")
+
+
+def build_loggers(configs: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Any]:
+    """The run's loggers, writing below ``folder``."""
+    return [LOGGERS[name](folder, dict(options or {})) for name, options in configs.items()]

@@ -18,7 +18,7 @@ from cl_platform.errors import UserError
 from cl_platform.estimate import estimate_seconds
 from cl_platform.evaluation import count_correct
 from cl_platform.learner import ContinualLearner, LearnerOptions
-from cl_platform.loggers import build_loggers
+from cl_platform.loggers import build_loggers, check_loggers
 from cl_platform.results import Results
 from cl_platform.resume import locate
 from cl_platform.run_config import RunConfig, TrainerConfig
@@ -80,6 +80,7 @@ def run(config: RunConfig) -> RunResult:
     """
     cost = Cost()
     quiet_libraries()
+    check_loggers(config.logger)
     with cost.phase("data"):
         stream = build_stream(config.scenario, config.data, config.seed)
     _check_future(config, stream)

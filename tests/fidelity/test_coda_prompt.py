@@ -286,7 +286,7 @@ def test_the_penalty_is_the_mean_squared_gap_to_the_identity_summed_over_layers_
             gap = rows @ rows.T - torch.eye(8)
             expected += float((gap**2).sum()) / 64
     _, terms = bench.step()
-    assert float(terms["coda_prompt/ortho"]) == pytest.approx(0.5 * expected, rel=1e-4)
+    assert terms["coda_prompt/ortho"].item() == pytest.approx(0.5 * expected, rel=1e-4)
 
 
 def test_the_penalty_alone_pulls_new_rows_towards_orthogonality_and_leaves_old_ones(bench_of):

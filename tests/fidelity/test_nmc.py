@@ -114,9 +114,12 @@ def test_the_order_of_images_and_the_way_they_are_split_change_no_bit(bench_of):
 
 def test_plain_float_sums_would_depend_on_the_order():
     """The negative control: without the grid the test above has something to find."""
-    features = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0)).double()
+    drawn = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
+    features = F.normalize(drawn.double(), dim=1)
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(2))
     assert not torch.equal(features.cumsum(0)[-1], features[order].cumsum(0)[-1])
+    one, other = features[:2500].sum(0), features[2500:].sum(0)
+    assert not torch.equal((one + other) - other, one)
 
 
 def test_permuting_the_images_of_a_task_leaves_the_state_bit_identical(bench_of):
