@@ -86,7 +86,6 @@ class ContinualLearner(L.LightningModule):
         self.task: Task | None = None
         self.learnt: list[int] = []
         self.groups: list[ParameterGroup] = []
-        self.groups: list[ParameterGroup] = []
         self.epochs = 1
         self.step_in_task = 0
         self.forwards_train = 0

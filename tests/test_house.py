@@ -89,15 +89,16 @@ def test_every_key_of_every_yaml_has_a_comment():
             assert not plain_key or "#" in line, f"{file.name}: {line}"
 
 
+def _printed(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_the_command_line_starts_without_torch():
     code = "import sys, cl_platform.cli.train; print('torch' in sys.modules, 'avalanche' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
-        "False",
-        "False",
-    ]
+    assert _printed(code) == "False False"
 
 
 def test_running_never_imports_avalanche_by_itself():
-    code = "import sys, cl_platform.run; print('avalanche' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
+    assert _printed("import sys, cl_platform.run; print('avalanche' in sys.modules)") == "False"

@@ -30,7 +30,7 @@ from tiny import (
 
 import cl_platform.strategies  # noqa: F401  registers the strategies
 from cl_platform import registry
-from cl_platform.backbones import build_backbone
+from cl_platform.backbones import BackboneConfig, build_backbone
 from cl_platform.evaluation import count_correct
 from cl_platform.scenarios import TaskLoader
 from cl_platform.strategies import Strategy
@@ -46,7 +46,7 @@ _LEARNT: dict = {}
 def ready(name):
     """One learner per strategy that has learnt two tasks; for tests that only ask it."""
     if name not in _LEARNT:
-        _LEARNT[name] = learnt(config_of(name), digits(), epochs=2)
+        _LEARNT[name] = learnt(config_of(name), digits())
     return _LEARNT[name]
 
 
@@ -66,7 +66,8 @@ def test_every_strategy_is_covered():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_answer_depends_neither_on_batch_mates_nor_on_their_order_nor_on_the_batch_size(name):
     learner = ready(name)
-    images = torch.cat([images_of(digits(), "train"), images_of(digits())[:16]])[:65]
+    noise = torch.randint(0, 256, (33, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([images_of(digits(), "train"), noise])
     expected = answers(learner, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
     top = expected.topk(2, dim=1).values
@@ -222,7 +223,7 @@ def test_a_restored_learner_goes_on_with_the_same_bytes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_task_owns_alone_keeps_its_bits_when_the_next_is_learnt(name):
-    config, tasks = config_of(name, "optimizer.weight_decay=0.1"), digits().tasks
+    config, tasks = config_of(name, optimizer={"weight_decay": 0.1}), digits().tasks
     learner = learn(built(config, digits()), config, tasks[:1])
     before = _owned_by_the_first(learner)
     learn(learner, config, tasks[1:])
@@ -254,10 +255,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(name):
     config = config_of(name)
     state = torch.get_rng_state()
     torch.manual_seed(5)  # must not matter
-    again = learnt(config, digits(), epochs=2)
+    again = learnt(config, digits())
     torch.set_rng_state(state)
     assert not differing(ready(name).state_dict(), again.state_dict())
-    other = learnt(config, digits(), seed=1, epochs=2)
+    other = learnt(config, digits(), seed=1)
     images = images_of(digits())
     differs = not torch.equal(answers(other, images), answers(again, images))
     assert differs == (name in GRADIENT)  # closed forms on a frozen trunk draw nothing
@@ -300,7 +301,7 @@ def test_the_trunk_is_in_eval_mode_in_every_step_and_none_of_its_bytes_move(name
         learner.train()  # what a user or Lightning may call
         assert not any(m.training for m in learner.backbone.modules())
         learner.end_task(task)
-    assert len(watch.trunk_training) == 2 * 2 * 3
+    assert len(watch.trunk_training) == 2 * 2 * 2
     assert not any(watch.trunk_training)
     assert all(watch.learner_training)
     assert watch.trunk_gradients == 0
@@ -375,7 +376,8 @@ def test_the_loss_is_the_sum_of_the_terms_and_all_that_is_trained_moves(name):
 
 @pytest.mark.parametrize("name", GRADIENT)
 def test_training_lowers_the_loss_on_its_own_batch(name):
-    config, task = config_of(name, "optimizer.name=adam", "optimizer.lr=0.003", "optimizer.schedule=constant"), tasks_of(name)[0]
+    rule = {"name": "adam", "lr": 0.003, "lr_per_256": None, "schedule": "constant"}
+    config, task = config_of(name, optimizer=rule), tasks_of(name)[0]
     losses = []
 
     class Note(L.Callback):
@@ -392,7 +394,8 @@ def test_training_lowers_the_loss_on_its_own_batch(name):
 def test_a_task_of_one_class_and_a_task_of_one_batch_work(name):
     first, second = digits().tasks
     narrow = one_class(first, first.classes[0])
-    short = dataclasses.replace(second, train=second.train.select(torch.tensor([0, 1, 10, 11])))
+    rows = torch.cat([(second.train.labels == c).nonzero()[:2, 0] for c in second.classes])
+    short = dataclasses.replace(second, train=second.train.select(rows))
     stream = dataclasses.replace(digits(), tasks=(narrow, short))
     learner = built(config_of(name), stream)
     learn(learner, config_of(name), [narrow])
@@ -430,7 +433,7 @@ def test_classes_that_come_back_and_known_tasks_work(name, setting):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_trains_and_answers_with_finite_numbers(name):
-    config = config_of(name, "trainer.precision=bf16-mixed")
+    config = config_of(name, trainer={"precision": "bf16-mixed"})
     learner = built(config, digits())
     losses = []
 
@@ -459,8 +462,8 @@ def test_a_learner_that_begins_no_task_trains_nothing():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not registry.strategies.get(name).needs.prompts])
 def test_batch_norm_learns_its_statistics_where_the_backbone_is_trained_and_only_there(name):
-    config = config_of(name, "backbone=resnet18_slim")
-    learner = built(config, digits(), backbone=build_backbone(config.backbone))
+    config = config_of(name)
+    learner = built(config, digits(), backbone=build_backbone(BackboneConfig(kind="resnet18_slim")))
     before = copy_of(dict(learner.backbone.named_buffers()))
     learn(learner, config, digits().tasks[:1])
     assert bool(differing(before, dict(learner.backbone.named_buffers()))) == (name in TRAINED)

@@ -23,37 +23,48 @@ from cl_platform.strategies import Step, Strategy, build_strategies
 from cl_platform.strategies.phases import Phase
 
 SMALL = (
-    "scenario.train_per_class=10", "scenario.test_per_class=6", "trainer.accelerator=cpu", "trainer.batch_size=8",
+    "scenario.train_per_class=8", "scenario.test_per_class=6", "trainer.accelerator=cpu", "trainer.batch_size=8",
     "trainer.max_epochs=1", "trainer.progress=false",
 )  # fmt: skip
-WIDTH = 32
+WIDTH, SIDE = 32, 16
 SHAPED = {"num_components": 12}  # keys whose recommended value does not fit so small a trunk
 
 
 @functools.cache
-def config_of(strategy: str, *overrides: str) -> RunConfig:
-    """The configuration that a user gets who types ``strategy=...`` and the overrides; made to fit :func:`tiny_vit`."""
+def _composed(strategy: str) -> RunConfig:
     fields = {field.name for field in dataclasses.fields(registry.strategies.get(strategy).Config)}
-    given = {override.partition("=")[0].rpartition(".")[2] for override in overrides}
-    fitting = [f"strategy.{strategy}.{k}={v}" for k, v in SHAPED.items() if k in fields - given]
-    return parse(compose([f"strategy={strategy}", *SMALL, *fitting, *overrides]))
+    fitting = [f"strategy.{strategy}.{k}={v}" for k, v in SHAPED.items() if k in fields]
+    return parse(compose([f"strategy={strategy}", *SMALL, *fitting]))
+
+
+def config_of(name: str, **groups: dict[str, object]) -> RunConfig:
+    """What a user gets who types ``strategy=...``, made to fit :func:`tiny_vit`.
+
+    Args:
+        name: the strategy's.
+        groups: changed keys; those of ``strategy`` are the strategy's own.
+    """
+    config = _composed(name)
+    own = {name: {**config.strategy[name], **groups.pop("strategy", {})}}
+    changed = {group: dataclasses.replace(getattr(config, group), **keys) for group, keys in groups.items()}
+    return dataclasses.replace(config, strategy=own, **changed)
 
 
 @functools.cache
 def digits(num_tasks: int = 2, setting: str = "class") -> Stream:
-    """The first tasks of the digits: two classes each, 10 training and 6 test images a class."""
+    """The first tasks of the digits: two classes each, 8 training and 6 test images a class."""
     config = config_of("finetune")
     stream = build_stream(dataclasses.replace(config.scenario, setting=setting), config.data, 0)
     return dataclasses.replace(stream, tasks=stream.tasks[:num_tasks])
 
 
 def tiny_vit(**changes: object) -> PromptedViT:
-    """Five blocks of width 32 with random weights, in eval mode; 17 tokens at 32 pixels."""
+    """Five blocks of width 32 with random weights, in eval mode; 5 tokens at 16 pixels."""
     with seeded_globals(0, RUN_LEVEL, "tiny"):
-        model = nano_model(**{"embed_dim": WIDTH, "depth": 5, "num_heads": 2, **changes})
+        model = nano_model(SIDE, **{"embed_dim": WIDTH, "depth": 5, "num_heads": 2, **changes})
         for parameter in model.parameters():  # zero biases and tiny tokens would hide an error
             parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return PromptedViT(model.eval(), 32)
+    return PromptedViT(model.eval(), SIDE)
 
 
 def built(config: RunConfig, stream: Stream, seed: int = 0, backbone: Backbone | None = None) -> ContinualLearner:

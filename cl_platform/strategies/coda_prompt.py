@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_platform.backbones import BlockExtras
+from cl_platform.backbones import BlockExtras, PromptedViT
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.errors import UserError
@@ -19,11 +19,13 @@ from cl_platform.random_streams import stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
 from cl_platform.strategies.base import Context, Needs, ParameterGroup, Step, Strategy
+from cl_platform.strategies.prompting import check_layers
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
 
 PARTS = ("prompt", "key", "attention")
+INITS = ("span", "classical")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class CODAPromptConfig:
     length: int = setting(8, doc="L, rows of a prompt: half become keys, half values; 0 switches prompts off", min=0)
     layers: list[int] = setting(factory=lambda: [0, 1, 2, 3, 4], doc="blocks that receive a prompt")
     mu: float = setting(0.0, doc="weight of the orthogonality penalty", min=0)
-    ortho_init: str = setting("span", doc="new components orthogonal to all old rows, or as released", choices=("span", "classical"))
+    ortho_init: str = setting("span", doc="new components orthogonal to all old rows, or as released", choices=INITS)
 
 
 @strategies.register("coda_prompt")
@@ -63,7 +65,7 @@ class CODAPrompt(Strategy):
         """Check the components against the stream and the trunk.
 
         Raises:
-            UserError: components do not divide by the tasks, exceed the width, or name no block or one that is not there.
+            UserError: components do not divide by the tasks or exceed the width; no block, or one that is not there.
         """
         super().attach(context)
         config, key = self.config, "strategy.coda_prompt"
@@ -72,8 +74,8 @@ class CODAPrompt(Strategy):
             if total is None:
                 raise UserError(f"{key}.num_components", None, "one of it and components_per_task is needed", "Set one")
             if total % context.num_tasks:
-                lower, upper = total // context.num_tasks * context.num_tasks, -(-total // context.num_tasks) * context.num_tasks
-                choices = " or ".join(str(n) for n in (lower, upper) if n)
+                lower = total - total % context.num_tasks
+                choices = " or ".join(str(n) for n in (lower, lower + context.num_tasks) if n)
                 raise UserError(
                     f"{key}.num_components", total, f"must divide by the {context.num_tasks} tasks",
                     f"Set it to {choices}, or set {key}.components_per_task",
@@ -91,7 +93,8 @@ class CODAPrompt(Strategy):
             )  # fmt: skip
         check_layers(f"{key}.layers", config.layers, context)
         if not config.layers:
-            raise UserError(f"{key}.layers", config.layers, "at least one block is needed", f"Name one, or set {key}.length=0")
+            todo = f"Name one, or set {key}.length=0"
+            raise UserError(f"{key}.layers", config.layers, "at least one block is needed", todo)
         if config.length % 2:
             raise UserError(f"{key}.length", config.length, "must be even: half are keys, half values", "Change it")
 
@@ -102,17 +105,15 @@ class CODAPrompt(Strategy):
         if task.task_id in self.bank or self.config.length == 0:
             return
         generator = stream(self.context.seed, task.task_id, "coda_init")
-        vit = self.context.backbone
+        vit = cast(PromptedViT, self.context.backbone)
         device = next(vit.parameters()).device
         block: dict[str, Tensor] = {}
         for part in PARTS:
             dim = self.config.length * vit.attention_width if part == "prompt" else vit.feature_dim
             old = self._past(part)
             rows = [
-                orthogonal_rows(
-                    None if old is None else old[number].flatten(1), self.per_task, dim, generator, self.config.ortho_init
-                )
-                for number in range(len(self.config.layers))
+                orthogonal_rows(o, self.per_task, dim, generator, self.config.ortho_init)
+                for o in ([None] * len(self.config.layers) if old is None else old.flatten(2))
             ]
             block[part] = torch.stack(rows).to(device)  # (layers, m, dim)
         block["prompt"] = block["prompt"].unflatten(2, (self.config.length, vit.attention_width))  # (layers, m, L, D)
@@ -141,7 +142,7 @@ class CODAPrompt(Strategy):
 
     def forward(self, batch: Batch) -> Tensor:
         """Features (B, D) of the prompted trunk."""
-        vit = self.context.backbone
+        vit = cast(PromptedViT, self.context.backbone)
         tokens = vit.embed(batch.images)
         extras = {}
         if self.config.length and len(self.bank.task_ids):
@@ -209,15 +210,3 @@ def _classical_gram_schmidt(old: Tensor | None, draw: Tensor) -> Tensor:
         rows.append(vector)
         fresh.append(vector)
     return torch.stack(fresh).float()
-
-
-def check_layers(key: str, layers: list[int], context: Context) -> None:
-    """Refuse block numbers that the trunk does not have, or that come twice.
-
-    Raises:
-        UserError: with the range of blocks.
-    """
-    depth = getattr(context.backbone, "depth", 0)
-    wrong = [number for number in layers if not 0 <= number < depth]
-    if wrong or len(set(layers)) != len(layers):
-        raise UserError(key, layers, f"must be different block numbers from 0 to {depth - 1}", f"Change {key}")

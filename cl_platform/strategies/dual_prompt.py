@@ -18,8 +18,7 @@ from cl_platform.random_streams import RUN_LEVEL, stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
 from cl_platform.strategies.base import Component, Context, Needs, ParameterGroup, Step, Strategy
-from cl_platform.strategies.coda_prompt import check_layers
-from cl_platform.strategies.l2p import INIT_RANGE, cosines, largest, learning_order
+from cl_platform.strategies.prompting import check_layers, cosines, largest, learning_order, uniform
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
@@ -73,7 +72,7 @@ class DualPrompt(Strategy):
         check_layers("strategy.dual_prompt.e_layers", config.e_layers, context)
         generator = stream(context.seed, RUN_LEVEL, "dual_prompt_init")
         shape = (len(config.g_layers), 2, config.g_length, vit.attention_width)
-        self.g_prompt = nn.Parameter(_uniform(shape, generator, next(vit.parameters()).device))
+        self.g_prompt = nn.Parameter(uniform(shape, generator, next(vit.parameters()).device))
 
     def begin_task(self, task: Task) -> None:
         """Add the task's E-prompt, a copy of the previous task's if wanted, and a fresh key."""
@@ -83,8 +82,8 @@ class DualPrompt(Strategy):
             return
         config, vit, device = self.config, cast(PromptedViT, self.context.backbone), self.g_prompt.device
         generator = stream(self.context.seed, task.task_id, "dual_prompt_init")
-        key = _uniform((vit.feature_dim,), generator, device)
-        prefix = _uniform((len(config.e_layers), 2, config.e_length, vit.attention_width), generator, device)
+        key = uniform((vit.feature_dim,), generator, device)
+        prefix = uniform((len(config.e_layers), 2, config.e_length, vit.attention_width), generator, device)
         earlier = learning_order(self.trained)
         kept = [task_id for task_id in earlier if task_id in self.e_prompt]
         if config.copy_previous and not config.isolated and kept:
@@ -160,7 +159,3 @@ class DualPrompt(Strategy):
     def drop_task(self, task_id: int) -> None:
         """Remove the task's E-prompt and key. What was learnt from the task elsewhere stays, and so does its record."""
         self.e_prompt.drop(task_id)
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    return (torch.rand(shape, generator=generator) * INIT_RANGE).to(device)

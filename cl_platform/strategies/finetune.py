@@ -17,7 +17,7 @@ from cl_platform.strategies.base import ParameterGroup, Step, Strategy
 class FinetuneConfig:
     """Keys of ``finetune``."""
 
-    loss: str = setting("seen", doc="classes of the cross-entropy: all seen so far, or the task's", choices=("seen", "task"))
+    loss: str = setting("seen", doc="classes of the cross-entropy: all seen, or the task's", choices=("seen", "task"))
 
 
 @strategies.register("finetune")

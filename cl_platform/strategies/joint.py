@@ -29,7 +29,7 @@ def arrange_by(mode: str, tasks: Sequence[Task]) -> list[Phase]:
 class JointConfig:
     """Keys of ``joint``."""
 
-    mode: str = setting("once", doc="once: one training on all; scratch: a new one per row; continue: warm start", choices=MODES)
+    mode: str = setting("once", doc="one training on all; a new one per row; or a warm start per row", choices=MODES)
 
 
 @strategies.register("joint")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_platform.backbones import BlockExtras, PromptedViT
 from cl_platform.batch import Batch
@@ -19,13 +18,12 @@ from cl_platform.random_streams import RUN_LEVEL, stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
 from cl_platform.strategies.base import Component, Context, Needs, ParameterGroup, Step, Strategy
+from cl_platform.strategies.prompting import cosines, largest, learning_order, uniform
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
 
 READOUTS = ("prompt", "token", "token+prompt", "gap")
-INIT_RANGE = 0.01
-"""Prompts and keys start uniform in [0, 0.01), the initialiser of the authors' framework."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class L2P(Strategy):
         shapes = {"prompt": (config.pool_size, config.length, vit.width), "key": (config.pool_size, vit.feature_dim)}
         device = next(vit.parameters()).device
         for part, shape in shapes.items():
-            self.pool[part] = nn.Parameter((torch.rand(shape, generator=generator) * INIT_RANGE).to(device))
+            self.pool[part] = nn.Parameter(uniform(shape, generator, device))
 
     def begin_task(self, task: Task) -> None:
         """Note that the pool is trained on this task; with a mask, start its prompts from the previous ones."""
@@ -172,23 +170,7 @@ class L2P(Strategy):
         return {"usage": {str(t): self.usage.get(t, "count").tolist() for t in self.usage.task_ids}}
 
 
-def cosines(query: Tensor, key: Tensor) -> Tensor:
-    """Cosines (B, M) of queries (B, D) and keys (M, D) in fp32; no matrix product, so batch mates change no bit."""
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        return F.cosine_similarity(query.float()[:, None], key.float()[None], dim=2)
-
-
-def largest(values: Tensor, k: int) -> Tensor:
-    """Columns (B, k) of the ``k`` largest values (B, M), descending; of equal ones the lower column first."""
-    return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-
-
 def votes(chosen: Tensor, rows: Tensor, size: int) -> Tensor:
     """How often (size,) int64 each id stands in ``chosen`` (B, k), over those of the rows (B,) bool that count."""
     hits = chosen[:, :, None] == torch.arange(size, device=chosen.device)  # (B, k, size)
     return (hits & rows[:, None, None]).sum(dim=(0, 1))
-
-
-def learning_order(trained: Slots) -> list[int]:
-    """Task ids in the order in which they were learnt, from a record of that order which outlives dropped tasks."""
-    return sorted(trained.task_ids, key=lambda task_id: int(trained.get(task_id, "order")))

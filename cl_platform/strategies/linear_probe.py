@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class LinearProbeConfig:
     """Keys of ``linear_probe``."""
 
-    mode: str = setting("sequential", doc="sequential: task by task; joint: once on all data", choices=("sequential", "joint"))
-    loss: str = setting("seen", doc="classes of the cross-entropy: all seen so far, or the task's", choices=("seen", "task"))
+    mode: str = setting("sequential", doc="task by task, or once on all data", choices=("sequential", "joint"))
+    loss: str = setting("seen", doc="classes of the cross-entropy: all seen, or the task's", choices=("seen", "task"))
 
 
 @strategies.register("linear_probe")

@@ -29,7 +29,7 @@ GRID_BITS = 18
 class NMCConfig:
     """Keys of ``nmc``."""
 
-    mean: str = setting("normalised", doc="what is averaged: L2-normalised or raw features", choices=("normalised", "raw"))
+    mean: str = setting("normalised", doc="averaged are L2-normalised or raw features", choices=("normalised", "raw"))
     distance: str = setting("cosine", doc="how an image meets a class mean", choices=("cosine", "euclidean"))
     bound: float | None = setting(None, doc="largest absolute feature value; null: 1 normalised, 64 raw", above=0)
 
@@ -67,7 +67,8 @@ class NMC(Strategy):
             features = F.normalize(features, dim=1)
         largest = float(features.abs().max()) if len(features) else 0.0
         if not largest <= self.bound:  # a NaN is refused as well
-            raise UserError("strategy.nmc.bound", self.bound, f"a feature value of {largest:.4g} lies beyond it", "Raise it")
+            beyond = f"a feature value of {largest:.4g} lies beyond it"
+            raise UserError("strategy.nmc.bound", self.bound, beyond, "Raise it")
         grid = (features * self.scale).round()  # integers in float64
         order = sorted(classes)
         index = torch.searchsorted(torch.tensor(order, device=labels.device), labels)

@@ -294,7 +294,7 @@ def test_the_penalty_alone_pulls_new_rows_towards_orthogonality_and_leaves_old_o
     with torch.no_grad():
         for part, tensor in parts_of(bench, 1).items():
             tensor.add_(0.3 * torch.randn(tensor.shape, generator=stream(0, 0, part)) * tensor.std() + 0.05)
-    before = float(bench.strategy.penalty())
+    before = bench.strategy.penalty().item()
     new = list(parts_of(bench, 1).values())
     for tensor in parts_of(bench, 0).values():
         tensor.requires_grad_(True)
@@ -302,7 +302,7 @@ def test_the_penalty_alone_pulls_new_rows_towards_orthogonality_and_leaves_old_o
     with torch.no_grad():
         for tensor, gradient in zip(new, gradients, strict=True):
             tensor.sub_(0.05 * gradient)
-    assert float(bench.strategy.penalty()) < before
+    assert bench.strategy.penalty().item() < before
     bench.learner.zero_grad()
     bench.strategy.penalty().backward()
     assert all(tensor.grad is None for tensor in parts_of(bench, 0).values())

@@ -102,8 +102,7 @@ def test_the_order_of_images_and_the_way_they_are_split_change_no_bit(bench_of):
     assert equal(whole, strategy._record(features[order], labels[order], (2, 1, 0)))
     for size in (37, 64):
         parts = [
-            strategy._record(f, y, (0, 1, 2))
-            for f, y in zip(features.split(size), labels.split(size), strict=True)
+            strategy._record(f, y, (0, 1, 2)) for f, y in zip(features.split(size), labels.split(size), strict=True)
         ]
         assert torch.equal(whole["sum"], sum(part["sum"] for part in parts))
         assert torch.equal(whole["count"], sum(part["count"] for part in parts))
@@ -133,7 +132,7 @@ def test_permuting_the_images_of_a_task_leaves_the_state_bit_identical(bench_of)
     absorb(other, 0, 1)
     assert not torch.equal(tasks[0].train.labels, bench.stream.tasks[0].train.labels)
     found, expected = statistics(other), statistics(bench)
-    for name, tensor in expected.items():  # features of other batch mates may differ in a last bit, of one step of the grid
+    for name, tensor in expected.items():  # among other batch mates a feature may differ by a step of the grid
         torch.testing.assert_close(found[name].double(), tensor.double(), rtol=0, atol=8.0)
 
 
