@@ -182,6 +182,23 @@ def test_evaluation_leaves_weights_random_numbers_modes_and_gradients_as_they_we
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_module_is_in_training_mode_while_it_answers(name, monkeypatch):
+    learner, training = ready(name), []
+    real = learner.composition.predict
+
+    def spy(batch):
+        training.append([m for m in learner.modules() if m.training])
+        return real(batch)
+
+    monkeypatch.setattr(learner.composition, "predict", spy)
+    learner.backbone.unfreeze()  # so that it follows what is asked of all
+    learner.train()
+    answers(learner, images_of(digits()), 12)
+    count_correct(learner, digits().tasks)
+    assert training == [[]] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_evaluating_in_the_middle_of_training_changes_no_byte_of_what_is_learnt(name):
     class Evaluate(L.Callback):
         def on_train_batch_end(self, trainer, learner, *rest):
