@@ -58,6 +58,8 @@ def build_learner(config: RunConfig, stream: Stream) -> ContinualLearner:
     """
     composition = build_strategies(config.strategy)
     backbone = build_backbone(config.backbone, config.seed)
+    if config.trainer.compile:
+        backbone.compile_blocks()
     for strategy in composition.strategies:
         if strategy.needs.prompts and supports_prompts(backbone) is not None:
             raise refuse_prompts(backbone, strategy.name)

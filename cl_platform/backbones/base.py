@@ -135,6 +135,14 @@ class Backbone(nn.Module):
         self.frozen = False
         self.model.requires_grad_(True)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the model's blocks in place (the whole model where it has none); ``state_dict`` keys stay.
+
+        A transformer block that takes a prefix or a delta in a pass runs uncompiled in that pass.
+        """
+        for module in cast(Iterable[nn.Module], getattr(self.model, "blocks", None) or [self.model]):
+            module.compile(backend=backend)
+
     def set_trainable(self, patterns: Iterable[str]) -> list[str]:
         """Make exactly the parameters whose names match one of the shell-like ``patterns`` trainable.
 

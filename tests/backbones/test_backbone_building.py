@@ -321,3 +321,12 @@ def test_importing_the_package_does_not_import_timm():
 
     code = "import sys, cl_platform.backbones; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parents[1], check=False).returncode == 0
+
+
+def test_compiled_blocks_give_the_same_features_under_the_same_keys():
+    plain, compiled = (build_backbone(BackboneConfig(kind="vit_nano")).eval() for _ in range(2))
+    compiled.compile_blocks(backend="aot_eager")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
