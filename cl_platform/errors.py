@@ -31,7 +31,8 @@ class UserError(Exception):
         super().__init__(key, value, allowed, what_to_do)
 
     def __str__(self) -> str:
-        line = f"{self.key}={self.value}: {self.allowed}. {self.what_to_do}."
+        given = self.key if self.value == "" else f"{self.key}={self.value}"
+        line = f"{given}: {self.allowed}. {self.what_to_do}."
         return " ".join(line.split())
 
 

@@ -35,11 +35,13 @@ def _same_configuration(config: RunConfig, path: Path) -> None:
     import yaml
 
     before = yaml.safe_load((path / "config.yaml").read_text())
-    for key in sorted(set(before) | set(config.raw)):
+    now = {**config.raw, "trainer": {**config.raw["trainer"], "progress": None}}
+    before["trainer"] = {**before.get("trainer", {}), "progress": None}  # shows something, changes nothing
+    for key in sorted(set(before) | set(now)):
         if key in ("run_dir", "resume", "debug", "output_root", "logger", "data"):
             continue
-        if before.get(key) != config.raw.get(key):
-            name = _first_difference(key, before.get(key), config.raw.get(key))
+        if before.get(key) != now.get(key):
+            name = _first_difference(key, before.get(key), now.get(key))
             raise UserError("resume", path, f"the run was started with another {name}", "Use the same configuration")
 
 

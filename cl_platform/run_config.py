@@ -91,6 +91,8 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         if key not in TOP_LEVEL:
             near = nearest(key, TOP_LEVEL)
             raise UserError(key, raw[key], "unknown key", f"Did you mean {near[0]}" if near else "Remove it")
+    if raw.get("plugins"):
+        raise UserError("plugins", raw["plugins"], "is reserved and not available yet", "Leave it out")
     strategy = {name: dict(values or {}) for name, values in (raw.get("strategy") or {}).items()}
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:

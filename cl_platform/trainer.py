@@ -56,9 +56,12 @@ def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Train
             **config.lightning,
         )
     except Exception as error:  # Lightning's own refusals: TypeError, ValueError, MisconfigurationException
-        raise UserError(
-            "trainer", config.lightning or config.accelerator, str(error).rstrip("."), "Change it"
-        ) from error
+        text = " ".join(str(error).split()).rstrip(".!")
+        name = next((k for k in ("precision", "devices", "accelerator") if k in text.lower()), "accelerator")
+        if config.lightning and "unexpected keyword" in text:
+            raise UserError("trainer.lightning", config.lightning, text, "Remove the key") from error
+        todo = "Use trainer.accelerator=auto or cpu" if name == "accelerator" else f"Change trainer.{name}"
+        raise UserError(f"trainer.{name}", getattr(config, name), text, todo) from error
 
 
 def batches_of(images: int, config: TrainerConfig) -> int:

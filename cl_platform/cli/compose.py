@@ -43,6 +43,9 @@ def check_choices(overrides: Sequence[str]) -> None:
         if group not in known or "=" not in override or "(" in value:  # a sweep's function, such as glob(*)
             continue
         for choice in filter(None, re.split(r"[\[\],\s]+", value.strip("'\""))):
+            if choice == "null" and group != "experiment":
+                none = f"Write {group}=[]" if group == "logger" else "Choose one of them"
+                raise UserError(group, choice, f"needs a choice; known are {', '.join(known[group])}", none)
             if choice not in known[group] and choice != "null":
                 raise unknown_name(group, choice, known[group])
 
@@ -55,17 +58,42 @@ def explain(error: Exception, overrides: Sequence[str], known_keys: Sequence[str
         overrides: the command line's words.
         known_keys: full names of all keys, for the nearest one.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).partition(" See https://")[0]
     missing = re.search(r"Could not override '([^']+)'", text)
     if missing:
         key = missing.group(1)
-        near = nearest(key, known_keys, 1)
         given = next((o.partition("=")[2] for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
+        group, _, rest = key.partition(".")
+        choice = rest.partition(".")[0]
+        if (
+            group in LISTS
+            and choice in groups()[group]
+            and not any(k.startswith(f"{group}.{choice}.") for k in known_keys)
+        ):
+            return UserError(key, given, f"{choice} is not chosen in this run", f"Add {group}={choice}")
+        if key.startswith("trainer.lightning."):
+            return UserError(key, given, "a key for lightning.Trainer is added with a plus", f"Write +{key}={given}")
+        near = nearest(key, [k for k in known_keys if "." in k or "." not in key], 1)
         return UserError(key, given, "unknown key", f"Did you mean {near[0]}" if near else "See python train.py --help")
-    bad = next((o for o in overrides if o in text), overrides[0] if overrides else "")
+    if "hydra/launcher" in text:
+        launcher = next((o.partition("=")[2] for o in overrides if o.startswith("hydra/launcher=")), "")
+        return UserError(
+            "hydra/launcher", launcher, "is not installed", "Run pip install 'cl-platform[sweep]' for joblib"
+        )
+    if "Ambiguous value" in text:
+        listed = next(
+            (o for o in overrides if "," in o.partition("=")[2] and not o.partition("=")[2].startswith("[")), ""
+        )
+        name, _, value = listed.partition("=")
+        return UserError(name, value, "several values need a sweep", "Add -m, or write one list as KEY=[A,B]")
+    bad = getattr(error, "override", None) or next(
+        (o for o in overrides if o in text), overrides[0] if overrides else ""
+    )
     name, _, value = bad.partition("=")
+    if "=" not in bad:
+        return UserError(name, "", "is no KEY=VALUE", "See python train.py --help")
     return UserError(
-        name or "command line", value, text[:300].rstrip("."), "Write KEY=VALUE, see python train.py --help"
+        name, value, text[:200].rstrip("."), f"Write {name}=VALUE; signs such as , = [ need '{name}=\"...\"'"
     )
 
 
@@ -94,6 +122,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
         try:
             cfg = hydra_compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            keys = flat_keys(OmegaConf.to_container(hydra_compose("config"), resolve=False))
+            chosen = [o for o in overrides if o.partition("=")[0] in groups()]
+            keys = flat_keys(OmegaConf.to_container(hydra_compose("config", overrides=chosen), resolve=False))
             raise explain(error, overrides, keys) from error
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]

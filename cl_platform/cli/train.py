@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys
+from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys, groups
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def train(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = any(a.lower() == "debug=true" for a in overrides)
     try:
+        _check_flags(arguments)
         check_choices(overrides)
         return _with_hydra(list(arguments), overrides)
     except UserError as error:
@@ -47,6 +48,16 @@ def train(arguments: Sequence[str]) -> int:
         return int(error.code or 0)
     except Exception as error:
         return _our_fault(error)
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Refuse a word with a dash that Hydra does not know."""
+    names = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
+             "--multirun", "-m", "--info", "-i", "--experimental-rerun", "--shell-completion", "-sc", "--config-name",
+             "-cn", "--config-path", "-cp", "--config-dir", "-cd")  # fmt: skip
+    for word in arguments:
+        if word.startswith("-") and word.partition("=")[0] not in names:
+            raise UserError(word, "", "is no option", "Write KEY=VALUE, see python train.py --help")
 
 
 def _our_fault(error: Exception) -> int:
@@ -82,7 +93,8 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error, overrides, flat_keys(compose())) from error
+        chosen = [o for o in overrides if o.partition("=")[0] in groups() and "," not in o.partition("=")[2]]
+        raise explain(error, overrides, flat_keys(compose(chosen))) from error
     finally:
         sys.argv = argv
         if before is None:

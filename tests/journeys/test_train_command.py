@@ -152,6 +152,16 @@ REFUSED = [
     (["resume=/nowhere"], ["resume=/nowhere"]),
     (["evaluation.future_tasks=true"], ["evaluation.future_tasks"]),
     (["logger=[mlflow]"], ["logger=mlflow", "cl-platform[mlflow]"]),
+    (["logger=null"], ["logger=null", "logger=[]"]),
+    (["plugins=[nope]"], ["plugins", "reserved"]),
+    (["scenario.class_order=[9,8"], ["scenario.class_order=[9,8"]),
+    (["trainer.precision=foo"], ["trainer.precision=foo", "bf16-mixed"]),
+    (["+trainer.lightning.foo=1"], ["trainer.lightning", "foo"]),
+    (["trainer.lightning.foo=1"], ["+trainer.lightning.foo=1"]),
+    (["strategy=l2p", "strategy.coda_prompt.length=4"], ["strategy.coda_prompt.length=4", "is not chosen"]),
+    (["--foo"], ["--foo", "no option"]),
+    (["nonsense"], ["nonsense", "KEY=VALUE"]),
+    (["seed=0,1"], ["seed=0,1", "-m"]),
     (["strategy=[finetune,joint]"], ["finetune and joint both own"]),
 ]
 
@@ -170,6 +180,12 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(words, expected, capsys,
     for word in expected:
         assert word in lines[0]
     assert not os.listdir(tmp_path)
+
+
+def test_a_display_setting_does_not_stop_a_resume(small_run, tmp_path):
+    run = tmp_path / "run"
+    small_run(f"run_dir={run}", "strategy=nmc", "logger=[]")
+    small_run(f"run_dir={run}", "strategy=nmc", "logger=[]", "trainer.progress=true", "resume=auto")
 
 
 def test_debug_shows_the_traceback(capsys):
