@@ -80,7 +80,6 @@ class ContinualLearner(L.LightningModule):
             num_classes=stream.num_classes,
             setting=stream.setting,
             autocast=self.precision_context,
-            train_transform_is_fixed=transforms.deterministic,
         )
         composition.attach(context)
         self.task: Task | None = None
@@ -114,17 +113,13 @@ class ContinualLearner(L.LightningModule):
         self.composition.begin_task(task)
         self.groups = [] if not self.composition.needs_gradient else self.composition.trainable()
         trained = {id(p) for group in self.groups for p in group.parameters}
-        for parameter in self.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
-        if any(p.requires_grad for p in self.backbone.parameters()):
-            trained_backbone = [p for p in self.backbone.parameters() if p.requires_grad]
+        if any(id(p) in trained for p in self.backbone.parameters()):
             self.backbone.unfreeze()
-            chosen = {id(p) for p in trained_backbone}
-            for parameter in self.backbone.parameters():
-                parameter.requires_grad_(id(parameter) in chosen)
             self.backbone.train()  # it was built in eval mode, and the trainer leaves modes as they are
         else:
             self.backbone.freeze()
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
         self.cache.refresh()
         self._train_query = None
         reads_kept = self.composition.query == "only" or self.transforms.deterministic

@@ -13,8 +13,6 @@ from cl_platform.errors import UserError, unknown_name
 
 T = TypeVar("T")
 
-KINDS = ("strategy", "scenario", "backbone")
-
 
 class Registry:
     """Names of one kind of plug-in and the objects behind them."""

@@ -35,7 +35,7 @@ def _same_configuration(config: RunConfig, path: Path) -> None:
     import yaml
 
     before = yaml.safe_load((path / "config.yaml").read_text())
-    now = {**config.raw, "trainer": {**config.raw["trainer"], "progress": None}}
+    now = {**config.raw, "trainer": {**(config.raw.get("trainer") or {}), "progress": None}}
     before["trainer"] = {**before.get("trainer", {}), "progress": None}  # shows something, changes nothing
     for key in sorted(set(before) | set(now)):
         if key in ("run_dir", "resume", "debug", "output_root", "logger", "data"):

@@ -125,10 +125,14 @@ class _Run:
         try:
             first = self._prepare(checkpoint)
             self.interruption.install()
-            self._loop(first)
+            if self.config.trainer.progress:
+                self.progress.start()
+            try:
+                self._loop(first)
+            finally:  # a bar left running would hide the cursor behind a refusal
+                self.progress.stop()
             return self._finish()
         except Interrupted:
-            self.progress.stop()
             done = len(self.learner.learnt)
             log.warning("stopped after %d of %d tasks", done, len(self.phases))
             raise
@@ -177,8 +181,6 @@ class _Run:
         return self._epochs() * -(-batches // self.config.trainer.accumulate_grad_batches)
 
     def _loop(self, first: int) -> None:
-        if self.config.trainer.progress:
-            self.progress.start()
         for number in range(first, len(self.phases)):
             phase = self.phases[number]
             if phase.fresh:
@@ -194,7 +196,6 @@ class _Run:
             self._evaluate(phase)
             self._save(number, phase)
             self.interruption.check()
-        self.progress.stop()
 
     def _start_afresh(self) -> None:
         self.learner = build_learner(self.config, self.stream)

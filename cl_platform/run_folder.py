@@ -17,32 +17,14 @@ from typing import Any
 import torch
 
 from cl_platform.errors import UserError
+from cl_platform.files import sync, write_atomically
 
 log = logging.getLogger("cl_platform")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that it has either its old or its new content, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
 
 
 def to_json(value: Any) -> str:
     """Readable JSON with a fixed layout; NaN and infinity are refused."""
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -103,7 +85,7 @@ class RunFolder:
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync_folder(final.parent)
+        sync(final.parent)
         return final
 
     def remove_checkpoints(self) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "cl_platform"
 
 MAY_IMPORT = {  # room -> rooms below it
     "errors": set(),
+    "files": set(),
     "random_streams": set(),
     "batch": set(),
     "registry": {"errors"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {  # room -> rooms below it
     "heads": {"errors", "random_streams", "slots"},
     "optimizers": {"config", "errors", "strategies"},
     "backbones": {"errors", "config", "registry", "random_streams", "batch"},
-    "scenarios": {"errors", "config", "registry", "random_streams", "batch"},
+    "scenarios": {"errors", "files", "config", "registry", "random_streams", "batch"},
     "strategies": {
         "backbones",
         "scenarios",

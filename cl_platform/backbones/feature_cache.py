@@ -49,8 +49,8 @@ class FeatureCache:
         return sum(t.element_size() * t.numel() for t, _ in self._kept.values())
 
     def refresh(self) -> None:
-        """Read the trunk's digest again; called at task boundaries, not per step."""
-        self._digest = self._backbone.digest()
+        """The trunk may have changed: its digest is read again when features are next asked for."""
+        self._digest = ""
 
     def forget(self, task_id: int) -> None:
         """Delete all entries of one task."""
@@ -65,7 +65,7 @@ class FeatureCache:
             image_set: where the images come from when they are not kept yet.
         """
         if not self._digest:
-            self.refresh()
+            self._digest = self._backbone.digest()
         key = (self._digest, self._transform_id, task_id, split)
         kept = self._kept.get(key)
         if kept is None or not torch.equal(kept[1], image_set.example_ids):

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from cl_platform.errors import UserError
+from cl_platform.files import sync, write_atomically
 from cl_platform.scenarios.decode import UnreadableImageError, decode, header
 from cl_platform.scenarios.image_set import Pixels
 from cl_platform.scenarios.listing import File, Listing, shown
@@ -79,7 +80,7 @@ def decoded(listing: Listing, cache: Path, image_size: int | None, skip_corrupt:
             log.info("decoded in %.1f s, kept in %s", time.monotonic() - started, cache)
         if found is None:
             raise UserError("data.cache_dir", cache, "a new entry cannot be read back", "Choose another data.cache_dir")
-        _write_atomically(index, json.dumps({"entry": content}))
+        write_atomically(index, json.dumps({"entry": content}))
         return found
 
 
@@ -178,15 +179,15 @@ def _build(listing: Listing, entry: Path, image_size: int | None, skip_corrupt: 
             about["skipped"] += skipped
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
         for path in sorted(folder.iterdir()):
-            _fsync(path)
-        _fsync(folder)
+            sync(path)
+        sync(folder)
         try:
             os.rename(folder, entry)
         except OSError:
             if _open(entry) is None:  # not another process's finished entry, so the failure is ours to report
                 raise
         else:
-            _fsync(entry.parent)
+            sync(entry.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -283,20 +284,3 @@ def _read_index(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if isinstance(content, str) and content.isalnum() else None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix="writing-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

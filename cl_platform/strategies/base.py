@@ -55,7 +55,6 @@ class Context:
         num_classes: classes of the whole scenario.
         setting: ``class``, ``domain`` or ``task``.
         autocast: opens the run's precision.
-        train_transform_is_fixed: true when training images are not augmented.
     """
 
     backbone: Backbone
@@ -66,7 +65,10 @@ class Context:
     num_classes: int
     setting: str
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    train_transform_is_fixed: bool = False
+
+    def whole_network(self) -> ParameterGroup:
+        """All parameters of backbone and head, for a strategy that trains everything."""
+        return ParameterGroup([*self.backbone.parameters(), *self.head.parameters()])
 
 
 @dataclass

@@ -76,7 +76,7 @@ class Composition(nn.Module):
         """All parameter groups; without an owner of the classification, the whole network is trained."""
         groups = [group for strategy in self.strategies for group in strategy.trainable()]
         if self.owner("classification") is None:
-            groups.insert(0, ParameterGroup([*self.context.backbone.parameters(), *self.context.head.parameters()]))
+            groups.insert(0, self.context.whole_network())
         seen: set[int] = set()
         for group in groups:
             for parameter in group.parameters:

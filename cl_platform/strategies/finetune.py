@@ -34,7 +34,7 @@ class Finetune(Strategy):
 
     def trainable(self) -> Iterator[ParameterGroup]:
         """Everything."""
-        yield ParameterGroup([*self.context.backbone.parameters(), *self.context.head.parameters()])
+        yield self.context.whole_network()
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the chosen classes."""

@@ -47,7 +47,7 @@ class Joint(Strategy):
 
     def trainable(self) -> Iterator[ParameterGroup]:
         """Everything."""
-        yield ParameterGroup([*self.context.backbone.parameters(), *self.context.head.parameters()])
+        yield self.context.whole_network()
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over all classes of the union."""

@@ -82,18 +82,13 @@ class NMC(Strategy):
         return self._means()[0]
 
     def _means(self) -> tuple[list[int], Tensor]:
-        sums: dict[int, Tensor] = {}
-        counts: dict[int, int] = {}
-        for task_id in self.stats.task_ids:  # ascending: a fixed order of float64 sums
-            parts = (self.stats.get(task_id, name) for name in ("classes", "sum", "count"))
-            for c, total, n in zip(*parts, strict=True):
-                if int(n) > 0:
-                    sums[int(c)] = sums[int(c)] + total if int(c) in sums else total
-                    counts[int(c)] = counts.get(int(c), 0) + int(n)
-        classes = sorted(sums)
-        if not classes:
+        if not self.stats.task_ids:
             return [], torch.zeros(0, self.context.backbone.feature_dim, dtype=torch.float64)
-        return classes, torch.stack([sums[c] / (counts[c] * self.scale) for c in classes])  # (S, D) float64
+        labels, sums, counts = (torch.cat(self.stats.all(name)) for name in ("classes", "sum", "count"))
+        classes, place = labels[counts > 0].unique(return_inverse=True)  # ascending
+        total = sums.new_zeros(len(classes), sums.shape[1]).index_add_(0, place, sums[counts > 0])  # exact: integers
+        count = counts.new_zeros(len(classes)).index_add_(0, place, counts[counts > 0])
+        return classes.tolist(), total / (count[:, None] * self.scale)  # (S, D) float64
 
     def forward(self, batch: Batch) -> Tensor:
         """The frozen trunk's features (B, D)."""
