@@ -30,7 +30,7 @@ from cl_platform.backbones import PromptedViT
 from cl_platform.cli.compose import compose
 from cl_platform.learner import ContinualLearner, LearnerOptions
 from cl_platform.run_config import parse
-from cl_platform.scenarios import TaskLoader, TransformConfig, Transforms, stream_from_datasets
+from cl_platform.scenarios import Stream, TaskLoader, TransformConfig, Transforms, stream_from_datasets
 from cl_platform.strategies import build_strategies
 from cl_platform.trainer import quiet_libraries
 
@@ -52,10 +52,14 @@ def small_vit() -> PromptedViT:
     return PromptedViT(model, 32, tag="random 65-token ViT")
 
 
-def random_stream(images: int) -> object:
+def random_stream(train: int, test: int = 200, classes: int = 20, num_tasks: int = 2) -> Stream:
     generator = torch.Generator().manual_seed(0)
-    data = [(torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8), i % 20) for i in range(images)]
-    return stream_from_datasets(data, data[: 20 * 10], num_tasks=2)
+
+    def images(count: int) -> list[tuple[torch.Tensor, int]]:
+        pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return [(image, i % classes) for i, image in enumerate(pixels)]
+
+    return stream_from_datasets(images(train), images(test), num_tasks=num_tasks)
 
 
 class StepTimer(L.Callback):
@@ -71,8 +75,8 @@ class StepTimer(L.Callback):
         return statistics.median(b - a for a, b in zip(self.marks[2:], self.marks[3:], strict=False))
 
 
-def learner_of(strategy: str, stream: object, augment: str) -> ContinualLearner:
-    config = parse(compose([f"strategy={strategy}"]))
+def learner_of(strategy: str, stream: Stream, augment: str, *overrides: str) -> ContinualLearner:
+    config = parse(compose([f"strategy={strategy}", *overrides]))
     backbone = small_vit()
     transforms = Transforms(TransformConfig(augment=augment), 32, backbone.mean, backbone.std)
     composition = build_strategies(config.strategy)
@@ -81,7 +85,7 @@ def learner_of(strategy: str, stream: object, augment: str) -> ContinualLearner:
     )
 
 
-def step_seconds(strategy: str, stream: object, augment: str, steps: int) -> tuple[float, ContinualLearner]:
+def step_seconds(strategy: str, stream: Stream, augment: str, steps: int) -> tuple[float, ContinualLearner]:
     learner, timer = learner_of(strategy, stream, augment), StepTimer()
     trainer = L.Trainer(
         accelerator="cpu",

@@ -66,8 +66,10 @@ def count_correct(learner: ContinualLearner, tasks: Sequence[Task], split: str =
 
 
 def answered(logits: Tensor, seen: Sequence[int], candidates: Sequence[int]) -> Tensor:
-    """The predicted class id (n,) among ``candidates``; ties go to the lowest id."""
+    """The predicted class id (n,) among ``candidates``; ties go to the lowest id; -1 where none of them was learnt."""
     columns = columns_of(candidates, seen)
+    if not columns:
+        return torch.full((len(logits),), -1, device=logits.device)
     ids = torch.tensor([seen[c] for c in columns], device=logits.device)
     chosen = logits if len(columns) == len(seen) else logits[:, columns]
     best = (chosen == chosen.max(dim=1, keepdim=True).values).int().argmax(dim=1)  # the first of equal maxima

@@ -25,3 +25,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class AppendedFile:
+    """A file that only grows, each text in one write: a process that dies leaves whole texts, or a torn last one.
+
+    Args:
+        path: created empty if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # held open for the life of the run
+
+    def append(self, text: str) -> None:
+        """Add a text."""
+        self._file.write(text.encode())
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """No more writes."""
+        self._file.close()

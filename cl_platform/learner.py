@@ -81,13 +81,16 @@ class ContinualLearner(L.LightningModule):
             setting=stream.setting,
             autocast=self.precision_context,
         )
+        self.context = context
         composition.attach(context)
         self.task: Task | None = None
         self.learnt: list[int] = []
         self.groups: list[ParameterGroup] = []
+        self.terms: dict[str, Tensor] = {}  # losses of the running step, between forward and backward
         self.epochs = 1
         self.step_in_task = 0
-        self.forwards_train = 0
+        self.forwards_train = 0  # image forwards, those of the query included
+        self.images_forwarded = 0  # rows of training batches, replayed ones included
         self._first_epoch = 0
         self._last_step: Step | None = None
         self._all_finite = torch.ones((), dtype=torch.bool)
@@ -121,10 +124,17 @@ class ContinualLearner(L.LightningModule):
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         self.cache.refresh()
+        self.context.kept_blocks = self._kept_blocks()
         self._train_query = None
         reads_kept = self.composition.query == "only" or self.transforms.deterministic
         if self.composition.query != "none" and reads_kept and self.composition.needs_gradient:
             self._train_query = self.cache.features(task.task_id, "train", task.train)
+
+    def _kept_blocks(self) -> int:
+        """Leading blocks whose output is a constant of each evaluation image for as long as the task lasts."""
+        changed = self.composition.first_block()
+        frozen = self.backbone.frozen_blocks()
+        return frozen if changed is None else min(frozen, changed)
 
     def end_task(self, task: Task) -> None:
         """Consolidate; the task counts as learnt from here on.
@@ -170,7 +180,11 @@ class ContinualLearner(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step: transform, widen, forward, sum of the strategies' losses."""
         assert self.task is not None
-        batch = self.composition.widen(self._prepared(batch, batch_idx))
+        batch = self._prepared(batch, batch_idx)
+        rows = len(batch)
+        batch = self.composition.widen(batch)
+        self.forwards_train += len(batch) - rows
+        self.images_forwarded += len(batch)
         features = self.composition.features(batch)
         step = Step(
             batch=batch,
@@ -182,7 +196,7 @@ class ContinualLearner(L.LightningModule):
             step_in_task=self.step_in_task,
         )
         self._last_step = step
-        terms = self.composition.losses(step)
+        self.terms = terms = self.composition.losses(step)
         loss = torch.stack([value.float() for value in terms.values()]).sum()
         self._log_losses(loss, terms)
         return loss
@@ -228,6 +242,7 @@ class ContinualLearner(L.LightningModule):
     def on_after_backward(self) -> None:
         """Strategies' gradient surgery."""
         assert self._last_step is not None
+        self.terms = {}  # their graph is gone
         self.composition.after_backward(self._last_step)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -241,11 +256,15 @@ class ContinualLearner(L.LightningModule):
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Evaluation mode without gradients; every module's own mode is put back afterwards."""
+        """Evaluation mode without gradients, uncompiled; every module's own mode is put back afterwards.
+
+        Compiled code would be compiled once more for the other batch size, and training would go on with that.
+        """
         modes = [(module, module.training) for module in self.modules()]
+        eager = torch.compiler.set_stance("force_eager") if self.backbone.compiled else nullcontext()
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), eager:
                 yield
         finally:
             for module, mode in modes:
@@ -263,7 +282,23 @@ class ContinualLearner(L.LightningModule):
             images = torch.empty(len(rows), 0, device=self.device)
         else:
             images = self.transforms.evaluate(image_set.images(rows).to(self.device))
-        return self._answer(images, extra)
+        return self.answer(images, extra)
+
+    def kept_columns(self, task_id: int, split: str, image_set: ImageSet) -> dict[str, Tensor]:
+        """What of an image set's answers need not be computed again, by name, a row an image.
+
+        ``query``: the frozen trunk's features (n, D), where the strategies read them. ``tokens``: activations (n, N, D)
+        behind the leading blocks that nothing changes in this task, where there are such blocks and the bound on kept
+        bytes leaves room.
+        """
+        columns, names = {}, self.kept_names()
+        if "query" in names:
+            columns["query"] = self.cache.features(task_id, split, image_set)
+        if "tokens" in names:
+            tokens = self.cache.tokens(self.context.kept_blocks, task_id, split, image_set)
+            if tokens is not None:
+                columns["tokens"] = tokens
+        return columns
 
     def logits_of_images(self, images: Tensor) -> Tensor:
         """Logits (b, S) for new uint8 images (b, 3, H, W)."""
@@ -273,9 +308,20 @@ class ContinualLearner(L.LightningModule):
             if self.composition.query != "none":
                 with self.precision_context():
                     extra["query"] = self.backbone(ready).float()
-            return self._answer(ready, extra)
+            return self.answer(ready, extra)
 
-    def _answer(self, images: Tensor, extra: dict[str, Tensor]) -> Tensor:
+    def kept_names(self) -> set[str]:
+        """Names of :meth:`kept_columns` where the bound on kept bytes leaves room for all."""
+        query, blocks = self.composition.query, self.context.kept_blocks
+        return {name for name, there in (("query", query != "none"), ("tokens", query != "only" and blocks)) if there}
+
+    def answer(self, images: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        """Logits (b, S) for transformed images (b, 3, S, S); call inside :meth:`answering`.
+
+        Args:
+            images: of no size (b, 0) where ``extra`` stands for them.
+            extra: columns of :meth:`kept_columns` for the same rows.
+        """
         nothing = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
         batch = Batch(images, nothing, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), extra)
         with self.precision_context():

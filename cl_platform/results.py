@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cl_platform.evaluation import Counts, spaces_of
 from cl_platform.metrics import AccuracyMatrix, average_curve, summarise
+from cl_platform.metrics.continual_log import ContinualLog
+from cl_platform.metrics.continual_results import continual_entries, coverage, gap_table
 from cl_platform.metrics.results import entry
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Stream
+
+
+@dataclass(frozen=True)
+class Continual:
+    """What continual evaluation left.
+
+    Attributes:
+        log: what was read from its file, or ``None``.
+        facts: how it was done: the grid, images of a subset, evaluation's share of the work.
+        window: updates after a switch in which a gap is looked for.
+        tolerance: how far below the old accuracy counts as recovered.
+        reason: why its metrics have no values, where that is so whatever the log holds.
+    """
+
+    log: ContinualLog | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    window: int | None = None
+    tolerance: float = 0.02
+    reason: str | None = "evaluation_off"
+
+    def entries(self, spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Entries of ``metrics.json`` under suffixed keys."""
+        if self.reason is not None:
+            return continual_entries(None, spaces, reason=self.reason)
+        return continual_entries(self.log, spaces, window=self.window, tolerance=self.tolerance)
+
+    def tables(self, primary: str) -> dict[str, Any]:
+        """The objects ``continual`` and ``gaps`` of ``metrics.json``."""
+        if self.log is None:
+            return {"continual": self.facts, "gaps": []}
+        extent = coverage(self.log, primary)
+        bad = [str(row) for row in self.log.bad_rows]
+        gaps = [] if self.reason else gap_table(self.log, primary, self.window, self.tolerance)
+        return {"continual": {**self.facts, **extent, "bad_rows": bad}, "gaps": gaps}
 
 
 class Results:
@@ -51,9 +89,9 @@ class Results:
         for column in range(position + 1):
             value = self.primary.accuracy(position, column)
             if value is not None:
-                values[f"accuracy/task_{self.primary.task_ids[column]:02d}"] = value
+                values[f"test_accuracy/task_{self.primary.task_ids[column]:02d}"] = value
         if values:
-            values["accuracy/seen_mean"] = sum(values.values()) / len(values)
+            values["test_accuracy/seen_mean"] = sum(values.values()) / len(values)
         return values
 
     def line(self, position: int) -> str:
@@ -64,17 +102,22 @@ class Results:
         mean = 100 * sum(known) / len(known) if known else float("nan")
         return f"after task {position + 1}/{len(self._tasks)}: mean {mean:.1f} %, per task {cells}"
 
-    def metrics(self, strategy_facts: dict[str, Any]) -> dict[str, Any]:
-        """Content of ``metrics.json``; what strategies say about themselves stands under ``strategy``."""
+    def metrics(self, strategy_facts: dict[str, Any], continual: Continual) -> dict[str, Any]:
+        """Content of ``metrics.json``.
+
+        Args:
+            strategy_facts: what strategies say about themselves; stands under ``strategy``.
+            continual: what continual evaluation left; its extent stands under ``continual``, its gaps under ``gaps``.
+        """
         candidates = {space: self._candidates(space) for space in self._spaces}
         summary = summarise(
             self._matrices,
             self._spaces[0],
             row_reason=self._row_reason,
             candidates=candidates,
-            extra=self._curve_entries(),
+            extra={**self._curve_entries(), **continual.entries(self._spaces)},
         )
-        return {**summary, "strategy": strategy_facts}
+        return {**summary, **continual.tables(self._spaces[0]), "strategy": strategy_facts}
 
     def _candidates(self, space: str) -> list[int]:
         sizes, seen = [], set()

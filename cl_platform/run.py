@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from cl_platform import environment
+from cl_platform import efficiency, environment
 from cl_platform.backbones import build_backbone, refuse_prompts, supports_prompts
 from cl_platform.callbacks.interruption import Interrupted, Interruption
 from cl_platform.callbacks.progress import StreamProgress
 from cl_platform.cost import Cost
+from cl_platform.energy import EnergyMeter, gpus_of
 from cl_platform.errors import UserError
 from cl_platform.estimate import estimate_seconds
 from cl_platform.evaluation import count_correct
@@ -27,6 +29,7 @@ from cl_platform.scenarios import Stream, TaskLoader, Transforms, build_stream
 from cl_platform.strategies.composition import build_strategies
 from cl_platform.strategies.phases import Phase
 from cl_platform.trainer import batches_of, build_trainer, explained_memory, quiet_libraries
+from cl_platform.watchers import Watchers, irregular
 
 log = logging.getLogger("cl_platform")
 
@@ -116,9 +119,13 @@ class _Run:
     ) -> None:
         self.config, self.stream, self.learner, self.phases = config, stream, learner, phases
         self.folder, self.cost, self.trainer, self.interruption = folder, cost, trainer, interruption
-        self.results = Results(stream, trains_once=len(phases) == 1 and len(stream.tasks) > 1)
+        self.results = Results(stream, trains_once=irregular(stream, phases) == "joint_trains_once")
         self.trained_epochs = 0
         self.digest = learner.backbone.digest()
+        self.loggers: list[Any] = []
+        planned = [self._updates(phase) for phase in phases]
+        self.watchers = Watchers(config, stream, phases, planned, folder.path, cost, self._publish)
+        self.task_costs: list[dict[str, Any]] = []
 
     def execute(self, checkpoint: Checkpoint | None) -> RunResult:
         handler = self._log_file()
@@ -138,6 +145,7 @@ class _Run:
             raise
         finally:
             self.interruption.remove()
+            self.watchers.close()
             log.removeHandler(handler)
             handler.close()
 
@@ -154,8 +162,11 @@ class _Run:
         self.trainer.loggers = self.loggers
         learner.trainer = self.trainer
         learner.to(self.trainer.strategy.root_device)
+        self.cost.measure_energy(EnergyMeter(gpus_of(learner.device)))
+        self.trainer.callbacks[:0] = self.watchers.callbacks()  # type: ignore[attr-defined]
         if checkpoint is None:
             self.folder.remove_checkpoints()
+            self.watchers.open()
             self.folder.write("config.yaml", _yaml(config.raw))
         else:
             self._restore(checkpoint)
@@ -180,6 +191,10 @@ class _Run:
         batches = batches_of(len(phase.task.train), self.config.trainer)
         return self._epochs() * -(-batches // self.config.trainer.accumulate_grad_batches)
 
+    def _publish(self, step: int, values: Mapping[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(dict(values), step=step)
+
     def _loop(self, first: int) -> None:
         for number in range(first, len(self.phases)):
             phase = self.phases[number]
@@ -188,17 +203,24 @@ class _Run:
             self.progress.begin_task(phase.position, self._task_name(phase))
             with self.cost.phase("boundary"):
                 self.learner.begin_task(phase.task, self._epochs(), self.trained_epochs)
+            with self.cost.phase("report"):
+                self.task_costs.append(efficiency.task_flops(self.learner))
+            self.watchers.begin_task(self.learner, phase, self.trainer.global_step)
             if self.learner.composition.needs_gradient:
                 self._fit(phase)
             self.interruption.check()
             with self.cost.phase("boundary"):
                 self.learner.end_task(phase.task)
+            self.task_costs[-1] |= efficiency.task_sizes(self.learner)
+            self.watchers.end_task(self.learner, phase, self.trainer.global_step)
             self._evaluate(phase)
             self._save(number, phase)
             self.interruption.check()
 
     def _start_afresh(self) -> None:
+        before = self.learner
         self.learner = build_learner(self.config, self.stream)
+        self.learner.forwards_train, self.learner.images_forwarded = before.forwards_train, before.images_forwarded
         self.learner.trainer = self.trainer
         self.learner.to(self.trainer.strategy.root_device)
 
@@ -225,10 +247,7 @@ class _Run:
             counts = count_correct(self.learner, seen)
         self.results.add(phase.position, counts)
         self.folder.write("accuracy_matrix.csv", self.results.csv())
-        step = self.trainer.global_step
-        for name, value in self.results.curves(phase.position).items():
-            for logger in self.loggers:
-                logger.log_metrics({name: value}, step=step)
+        self._publish(self.trainer.global_step, self.results.curves(phase.position))
         self.progress.end_task(self.results.line(phase.position))
         log.debug("%s", self.results.line(phase.position))
 
@@ -239,8 +258,11 @@ class _Run:
             "learnt": self.learner.learnt,
             "results": self.results.to_json(),
             "loops": self.trainer.fit_loop.state_dict(),
-            "images_trained": self.cost.images_trained,
-            "updates": self.cost.updates,
+            "cost": self.cost.state(),
+            "task_costs": self.task_costs,
+            "forwards_train": self.learner.forwards_train,
+            "images_forwarded": self.learner.images_forwarded,
+            "evaluation": self.watchers.state(),
             "backbone_sha256": self.digest,
             "backbone_frozen": self.learner.backbone.frozen,
         }
@@ -260,27 +282,43 @@ class _Run:
             self.learner.backbone.freeze()
         self.learner.load_learnt_state(checkpoint.tensors)
         self.learner.learnt = list(state["learnt"])
+        self.learner.forwards_train = state["forwards_train"]
+        self.learner.images_forwarded = state["images_forwarded"]
         self.results.load_json(state["results"])
         self.trained_epochs = state["trained_epochs"]
-        self.cost.images_trained, self.cost.updates = state["images_trained"], state["updates"]
+        self.cost.load_state(state["cost"])
+        self.task_costs = list(state["task_costs"])
         self.trainer.fit_loop.load_state_dict(state["loops"])
+        self.watchers.reopen(checkpoint.position, state["evaluation"])
         log.info("resumed after task %d of %d", checkpoint.position + 1, len(self.phases))
+
+    def _report(self) -> None:
+        """Draw what the folder holds; a failure there costs no result."""
+        if not self.config.report.html:
+            return
+        from cl_platform.report.html import write_report
+
+        try:
+            write_report(self.folder.path)
+        except Exception:
+            log.warning("report.html could not be written", exc_info=True)
 
     def _finish(self) -> RunResult:
         with self.cost.phase("report"):
-            metrics = self.results.metrics(self.learner.composition.inspect())
+            metrics = self.results.metrics(self.learner.composition.inspect(), self.watchers.continual(self.learner))
             self.folder.write("metrics.json", to_json(metrics))
+            self.cost.forwards_train = self.learner.forwards_train
+            self.cost.images_forwarded_train = self.learner.images_forwarded
+            if self.watchers.evaluation is not None:
+                self.cost.forwards_eval = self.watchers.evaluation.tally.forwards
             cost = self.cost.report(
-                params_total=sum(p.numel() for p in self.learner.parameters()),
-                params_trainable=self.learner.trainable_parameters(),
-                forwards_train=self.learner.forwards_train,
-                cache_bytes=self.learner.cache.bytes,
                 cache_evictions=self.learner.cache.evictions,
-                strategy_state_bytes=sum(t.element_size() * t.numel() for t in self.learner.learnt_state().values()),
+                **efficiency.summary(self.learner, self.task_costs, self.stream.tasks),
             )
             self.folder.write("cost.json", to_json(cost))
-            for logger in self.loggers:
-                logger.finalize("success")
+        self._report()
+        for logger in self.loggers:
+            logger.finalize("success")
         return RunResult(self.folder.path, metrics, cost, self.learner, self.stream)
 
 

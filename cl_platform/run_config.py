@@ -41,12 +41,46 @@ class HeadConfig:
     )
 
 
+GRIDS = ("adaptive", "every_step", "every", "boundaries", "off")
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Keys of ``evaluation``."""
 
-    future_tasks: bool = setting(False, doc="also evaluate tasks that were not learnt yet")
-    cache_bytes: int = setting(2**30, doc="bound on kept features", min=0)
+    grid: str = setting("adaptive", doc="when subsets are evaluated: set by evaluation=NAME", choices=GRIDS)
+    k: int = setting(10, doc="updates between two evaluations of grid every", min=1)
+    max_overhead: float = setting(0.25, doc="adaptive: evaluation's forwards over 3 x training's", above=0)
+    max_rate: float = setting(0.1, doc="adaptive: evaluated share of a task's updates", above=0, max=1)
+    min_per_task: int = setting(3, doc="adaptive: least evaluations of a task", min=1)
+    reserve: float = setting(0.2, doc="adaptive: share of the evaluations kept for following new lows", min=0, max=0.9)
+    images_per_task: int | str = setting("auto", doc="evaluation images of each task, or auto: 25 to 100")
+    gap_window: int | None = setting(None, doc="updates after a switch in which a gap is looked for; null: all", min=1)
+    gap_tolerance: float = setting(0.02, doc="this far below the old accuracy counts as recovered", min=0, max=1)
+    future_tasks: bool = setting(False, doc="also evaluate tasks that were not learnt yet, after each task")
+    cache_bytes: int = setting(2**30, doc="bound on kept features and activations", min=0)
+
+    def __post_init__(self) -> None:
+        if self.images_per_task != "auto" and not (isinstance(self.images_per_task, int) and self.images_per_task > 0):
+            raise UserError(
+                "evaluation.images_per_task", self.images_per_task, "must be auto or a whole number from 1", "Change it"
+            )
+
+
+@dataclass(frozen=True)
+class DiagnosticsConfig:
+    """Keys of ``diagnostics``."""
+
+    gradients: str = setting("off", doc="stability and plasticity gradients: off, or switch", choices=("off", "switch"))
+    gradient_updates: int = setting(20, doc="updates after each switch that are decomposed", min=1)
+    representation: bool = setting(False, doc="probe, nearest mean and drift of the features after each task")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Keys of ``report``."""
+
+    html: bool = setting(True, doc="write report.html and figures at the end of the run")
 
 
 @dataclass(frozen=True)
@@ -60,6 +94,8 @@ class RunConfig:
     optimizer: OptimizerConfig
     head: HeadConfig
     evaluation: EvaluationConfig
+    diagnostics: DiagnosticsConfig
+    report: ReportConfig
     data: DataConfig
     logger: dict[str, dict[str, Any]]
     seed: int
@@ -76,7 +112,8 @@ class RunConfig:
 
 
 TOP_LEVEL = (
-    "strategy", "scenario", "backbone", "trainer", "optimizer", "head", "evaluation", "data", "logger",
+    "strategy", "scenario", "backbone", "trainer", "optimizer", "head", "evaluation", "diagnostics", "report", "data",
+    "logger",
     "seed", "run_dir", "output_root", "resume", "debug", "plugins",
 )  # fmt: skip
 
@@ -105,6 +142,8 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         optimizer=_optimizer(raw, strategy),
         head=typed(HeadConfig, raw.get("head"), "head"),
         evaluation=typed(EvaluationConfig, raw.get("evaluation"), "evaluation"),
+        diagnostics=typed(DiagnosticsConfig, raw.get("diagnostics"), "diagnostics"),
+        report=typed(ReportConfig, raw.get("report"), "report"),
         data=typed(DataConfig, raw.get("data"), "data"),
         logger={name: dict(values or {}) for name, values in (raw.get("logger") or {}).items()},
         seed=seed,

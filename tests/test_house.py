@@ -21,7 +21,7 @@ MAY_IMPORT = {  # room -> rooms below it
     "registry": {"errors"},
     "config": {"errors"},
     "slots": set(),
-    "cost": set(),
+    "cost": {"energy", "metrics"},
     "metrics": set(),
     "heads": {"errors", "random_streams", "slots"},
     "optimizers": {"config", "errors", "strategies"},
@@ -41,7 +41,21 @@ MAY_IMPORT = {  # room -> rooms below it
     "learner": {"strategies", "backbones", "scenarios", "heads", "optimizers", "batch", "errors", "random_streams"},
     "evaluation": {"learner", "scenarios", "heads"},
     "estimate": {"learner", "scenarios", "strategies"},
-    "callbacks": {"learner", "metrics"},
+    "subset_evaluation": {"learner", "evaluation", "scenarios", "metrics", "backbones"},
+    "efficiency": {"learner", "batch", "metrics", "scenarios", "random_streams"},
+    "energy": {"metrics"},
+    "callbacks": {
+        "learner",
+        "metrics",
+        "cost",
+        "evaluation",
+        "subset_evaluation",
+        "files",
+        "scenarios",
+        "strategies",
+        "report",
+    },
+    "report": {"metrics", "errors", "files", "config"},
 }
 
 

@@ -84,6 +84,7 @@ class Backbone(nn.Module):
         tag: full name of architecture and weights, for the run's environment.
         weights_from: ``packed``, ``hub``, ``package``, ``random`` or the name of a file.
         frozen: true after :meth:`freeze`.
+        compiled: true after :meth:`compile_blocks`.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Backbone(nn.Module):
         self.tag = tag or type(model).__name__
         self.weights_from = weights_from
         self.frozen = False
+        self.compiled = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features before any classifier.
@@ -140,8 +142,13 @@ class Backbone(nn.Module):
 
         A transformer block that takes a prefix or a delta in a pass runs uncompiled in that pass.
         """
+        self.compiled = True
         for module in cast(Iterable[nn.Module], getattr(self.model, "blocks", None) or [self.model]):
             module.compile(backend=backend)
+
+    def frozen_blocks(self) -> int:
+        """Leading blocks that nothing trains, whose output is a constant of each image; 0 where blocks are unknown."""
+        return 0
 
     def set_trainable(self, patterns: Iterable[str]) -> list[str]:
         """Make exactly the parameters whose names match one of the shell-like ``patterns`` trainable.
@@ -152,21 +159,30 @@ class Backbone(nn.Module):
         Raises:
             UserError: a pattern matches no parameter.
         """
-        names = dict(self.model.named_parameters())
+        chosen = self.matching(patterns, "trainable")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        # One trainable weight is enough for the model to follow train(): its batch norms then learn statistics too.
+        self.frozen = not chosen
+        self.train(self.training)
+        return chosen
+
+    def matching(self, patterns: Iterable[str], key: str) -> list[str]:
+        """Sorted names of the parameters that match one of the shell-like ``patterns``; ``key`` is for the message.
+
+        Raises:
+            UserError: a pattern matches no parameter.
+        """
+        names = [name for name, _ in self.model.named_parameters()]
         chosen: set[str] = set()
         for pattern in patterns:
             matched = fnmatch.filter(names, pattern)
             if not matched:
                 near = nearest(pattern, names) or sorted(names)[:3]
                 raise UserError(
-                    "trainable", pattern, "matches no parameter of the backbone", f"Names look like {', '.join(near)}"
+                    key, pattern, "matches no parameter of the backbone", f"Names look like {', '.join(near)}"
                 )
             chosen.update(matched)
-        for name, parameter in names.items():
-            parameter.requires_grad_(name in chosen)
-        # One trainable weight is enough for the model to follow train(): its batch norms then learn statistics too.
-        self.frozen = not chosen
-        self.train(self.training)
         return sorted(chosen)
 
     def digest(self) -> str:

@@ -21,6 +21,7 @@ from cl_platform.errors import UserError
 Delta = Callable[[Tensor], Tensor]
 Readout = Literal["pool", "token", "prompt", "token+prompt", "gap"]
 DELTA_SITES = ("qkv", "proj", "fc1", "fc2")
+AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
 NO_EXTRAS: Mapping[int, BlockExtras] = {}
 
 
@@ -112,6 +113,11 @@ class PromptedViT(Backbone):
         self.num_prefix_tokens: int = vit.num_prefix_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of an image without prompts."""
+        return int(self.vit.patch_embed.num_patches) + self.num_prefix_tokens
+
+    @property
     def vit(self) -> Any:
         """The untouched timm model."""
         return self.model
@@ -201,10 +207,18 @@ class PromptedViT(Backbone):
             raise ValueError(f"readout {kind}: choose pool or one of {', '.join(chosen)}")
         return cast(Tensor, self.vit.head_drop(self.vit.fc_norm(chosen[kind]())))
 
+    def frozen_blocks(self) -> int:
+        """Leading blocks that nothing trains; 0 if the embedding before them is trained."""
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        behind = tuple(f"blocks.{index}." for index in range(self.depth)) + AFTER_BLOCKS
+        if any(not name.startswith(behind) for name in trained):
+            return 0
+        return min((int(name.split(".")[1]) for name in trained if name.startswith("blocks.")), default=self.depth)
+
     def prefix_digest(self, stop: int) -> str:
         """SHA-256 of the weights that :meth:`embed` and the blocks before ``stop`` use: the key of a token cache."""
         later = tuple(f"blocks.{index}." for index in range(stop, self.depth))
-        unused = (*later, "norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
+        unused = (*later, *AFTER_BLOCKS)
         state = self.model.state_dict()
         return weights_digest({name: tensor for name, tensor in state.items() if not name.startswith(unused)})
 

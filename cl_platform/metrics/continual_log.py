@@ -148,21 +148,22 @@ def parse(text: str, name: str = "continual_eval.csv", task_ids: Sequence[int] |
     return ContinualLog(rows, tuple(sorted(bad, key=lambda row: row.line)), ids)
 
 
-def cut_after(text: str, global_step: int) -> tuple[str, int]:
+def cut_after(text: str, position: int) -> tuple[str, int]:
     """The text without what was written after a checkpoint, and how many lines were cut.
 
-    The first row with a higher step and all that follows goes, and so does a last line without a line feed.
+    The first row of a later task and all that follows goes, and so does a last line without a line feed. Steps would
+    not do: a task's ``start`` has the step of the end of the task before.
 
     Args:
         text: content of the file.
-        global_step: optimizer updates at the checkpoint.
+        position: of the last task that the checkpoint holds.
     """
     lines = text.split("\n")
     whole, rest = lines[:-1], lines[-1]
     keep = len(whole)
     for index, line in enumerate(whole):
-        first = line.partition(",")[0]
-        if index > 0 and _INTEGER.fullmatch(first) and int(first) > global_step:
+        fields = line.split(",")
+        if index > 0 and len(fields) > 1 and _INTEGER.fullmatch(fields[1]) and int(fields[1]) > position:
             keep = index
             break
     return "".join(line + "\n" for line in whole[:keep]), len(whole) - keep + bool(rest)

@@ -34,6 +34,7 @@ REASONS = frozenset(
         "not_permitted",
         "evaluation_off",
         "joint_trains_once",
+        "starts_afresh",
     }
 )
 """Why a metric has no value."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from cl_platform.heads import Head
 from cl_platform.slots import Slots
 
 if TYPE_CHECKING:
-    from cl_platform.backbones import Backbone
+    from cl_platform.backbones import Backbone, PromptedViT
     from cl_platform.scenarios import Task
     from cl_platform.strategies.phases import Phase
 
@@ -55,6 +55,7 @@ class Context:
         num_classes: classes of the whole scenario.
         setting: ``class``, ``domain`` or ``task``.
         autocast: opens the run's precision.
+        kept_blocks: leading blocks of a ViT that neither training nor a strategy changes in the current task.
     """
 
     backbone: Backbone
@@ -65,6 +66,23 @@ class Context:
     num_classes: int
     setting: str
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    kept_blocks: int = 0
+
+    def embed(self, batch: Batch) -> tuple[Tensor, int]:
+        """Tokens (B, N, D) of a batch for a :class:`PromptedViT`, and the block that they enter.
+
+        Where evaluation has kept the activations behind the blocks that nothing changes, those; else the embedding.
+        """
+        if "tokens" in batch.extra:
+            return batch.extra["tokens"], self.kept_blocks
+        return cast("PromptedViT", self.backbone).embed(batch.images), 0
+
+    def plain_features(self, batch: Batch) -> Tensor:
+        """Features (B, D) of the backbone without prompts."""
+        if "tokens" not in batch.extra:
+            return self.backbone(batch.images)
+        vit = cast("PromptedViT", self.backbone)
+        return vit.readout(vit.finish(vit.run(batch.extra["tokens"], start=self.kept_blocks)))
 
     def whole_network(self) -> ParameterGroup:
         """All parameters of backbone and head, for a strategy that trains everything."""
@@ -124,6 +142,7 @@ class Strategy(nn.Module):
     """A way to learn a stream. Subclasses override what they need and nothing else.
 
     All that is learnt lives in ``state_dict()``; per-task tensors stand in :class:`~cl_platform.slots.Slots`.
+    ``stability`` names the loss terms that protect what was learnt before (replay, distillation, a penalty).
 
     Args:
         config: an instance of the class's ``Config``.
@@ -134,6 +153,7 @@ class Strategy(nn.Module):
     needs: ClassVar[Needs] = Needs()
     owns: ClassVar[frozenset[str]] = frozenset()
     query: ClassVar[Query] = "none"
+    stability: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -161,7 +181,15 @@ class Strategy(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Features (B, D) of a batch, in training and in evaluation (owner of ``features``); no task id at test."""
-        return self.context.backbone(batch.images)
+        return self.context.plain_features(batch)
+
+    def first_block(self) -> int | None:
+        """First block of a ViT whose work the strategy changes, by prompts, prefixes or adapters; ``None``: no block.
+
+        Blocks before it, where their weights are frozen, are run once for each evaluation image. Only a strategy whose
+        ``forward`` starts from :meth:`Context.embed` may return more than 0.
+        """
+        return 0 if "features" in self.owns else None
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Scalars by name; the learner sums them. No backward in here."""

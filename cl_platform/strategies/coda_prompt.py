@@ -55,6 +55,7 @@ class CODAPrompt(Strategy):
     needs = Needs(prompts=True)
     owns = frozenset({"features", "classification"})
     query = "beside"
+    stability = frozenset({"ortho"})
 
     def __init__(self, config: CODAPromptConfig) -> None:
         super().__init__(config)
@@ -143,13 +144,17 @@ class CODAPrompt(Strategy):
     def forward(self, batch: Batch) -> Tensor:
         """Features (B, D) of the prompted trunk."""
         vit = cast(PromptedViT, self.context.backbone)
-        tokens = vit.embed(batch.images)
+        tokens, start = self.context.embed(batch)
         extras = {}
         if self.config.length and len(self.bank.task_ids):
             half = self.config.length // 2
             for number, prompt in zip(self.config.layers, self.prompts(batch.extra["query"]), strict=True):
                 extras[number] = BlockExtras(kv=(prompt[:, :half], prompt[:, half:]))  # each (B, L/2, D)
-        return vit.readout(vit.finish(vit.run(tokens, extras=extras)))
+        return vit.readout(vit.finish(vit.run(tokens, start, extras=extras)))
+
+    def first_block(self) -> int | None:
+        """The first block with prompts."""
+        return min(self.config.layers) if self.config.length else None
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the task's own classes, and the orthogonality penalty if it has a weight."""

@@ -94,7 +94,12 @@ class Composition(nn.Module):
     def features(self, batch: Batch) -> Tensor:
         """Features (B, D) by the owner, else by the plain backbone."""
         owner = self.owner("features")
-        return owner(batch) if owner else self.context.backbone(batch.images)
+        return owner(batch) if owner else self.context.plain_features(batch)
+
+    def first_block(self) -> int | None:
+        """First block of a ViT that any member changes; ``None`` if none does."""
+        found = [block for block in (strategy.first_block() for strategy in self.strategies) if block is not None]
+        return min(found, default=None)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """All terms by ``<strategy>/<term>``; plain cross-entropy over the seen classes where nobody owns it."""
@@ -104,6 +109,11 @@ class Composition(nn.Module):
         for strategy in self.strategies:
             terms.update({f"{strategy.name}/{term}": value for term, value in strategy.losses(step).items()})
         return terms
+
+    @property
+    def stability(self) -> set[str]:
+        """Names ``<strategy>/<term>`` of the terms that protect what was learnt before."""
+        return {f"{strategy.name}/{term}" for strategy in self.strategies for term in strategy.stability}
 
     def after_backward(self, step: Step) -> None:
         """Gradient surgery."""

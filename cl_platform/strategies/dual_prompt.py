@@ -127,7 +127,12 @@ class DualPrompt(Strategy):
         """Features (B, D) of the trunk with each image's prefixes."""
         vit = cast(PromptedViT, self.context.backbone)
         extras = {number: BlockExtras(kv=(rows[:, 0], rows[:, 1])) for number, rows in self.prefixes(batch).items()}
-        return vit.readout(vit.finish(vit.run(vit.embed(batch.images), extras=extras)))
+        tokens, start = self.context.embed(batch)
+        return vit.readout(vit.finish(vit.run(tokens, start, extras=extras)))
+
+    def first_block(self) -> int | None:
+        """The first block with prefixes."""
+        return min([*self.config.g_layers, *self.config.e_layers], default=None)
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the task's own classes, and the pull of the task's key towards the queries."""

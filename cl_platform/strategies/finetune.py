@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_platform.config import setting
 from cl_platform.heads import cross_entropy
 from cl_platform.registry import strategies
-from cl_platform.strategies.base import ParameterGroup, Step, Strategy
+from cl_platform.strategies.base import Context, ParameterGroup, Step, Strategy
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class FinetuneConfig:
     """Keys of ``finetune``."""
 
     loss: str = setting("seen", doc="classes of the cross-entropy: all seen, or the task's", choices=("seen", "task"))
+    trainable: list[str] | None = setting(None, doc="backbone parameters to train, as shell patterns; null: all")
 
 
 @strategies.register("finetune")
@@ -32,9 +33,20 @@ class Finetune(Strategy):
     Config = FinetuneConfig
     owns = frozenset({"classification"})
 
+    def attach(self, context: Context) -> None:
+        """Find the parameters to train.
+
+        Raises:
+            UserError: a pattern matches no parameter.
+        """
+        super().attach(context)
+        patterns = ["*"] if self.config.trainable is None else self.config.trainable
+        self._names = set(context.backbone.matching(patterns, "strategy.finetune.trainable"))
+
     def trainable(self) -> Iterator[ParameterGroup]:
-        """Everything."""
-        yield self.context.whole_network()
+        """The chosen parameters of the backbone, and the head."""
+        chosen = [p for name, p in self.context.backbone.model.named_parameters() if name in self._names]
+        yield ParameterGroup([*chosen, *self.context.head.parameters()])
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the chosen classes."""

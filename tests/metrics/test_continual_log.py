@@ -84,10 +84,10 @@ def test_round_trip_with_ids_that_are_not_positions() -> None:
 
 
 def test_cutting_for_a_resume_restores_the_bytes_of_the_checkpoint() -> None:
-    full, until = log_text(three_tasks()), log_text([e for e in three_tasks() if e[0] <= 6])
-    assert cut_after(full, 6) == (until, full.count("\n") - until.count("\n"))
-    assert cut_after(full, 12) == (full, 0)
-    assert cut_after(until + "7,1,1,0,st", 6) == (until, 1)
+    full, until = log_text(three_tasks()), log_text([e for e in three_tasks() if e[1] <= 1])
+    assert cut_after(full, 1) == (until, full.count("\n") - until.count("\n"))  # the next start has the same step
+    assert cut_after(full, 2) == (full, 0)
+    assert cut_after(until + "9,2,2,0,st", 1) == (until, 1)
 
 
 def test_end_overrides_step_and_a_forgotten_task_is_not_needed() -> None:
