@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_platform.heads import columns_of
+from cl_platform.metrics.calibration import BinCounts, confidences
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
@@ -27,12 +28,16 @@ class Counts:
         correct: space (``cil``, ``til`` or ``dil``) -> right answers per task.
         cumulative: entry t counts images of tasks 0..t answered among the classes of tasks 0..t (class-incremental).
         per_class: class id -> (right, all) in the run's primary space.
+        answers: the answered class ids (n,) of each task's images in the primary space.
+        calibration: confidences of these answers among the tasks learnt so far.
     """
 
     total: list[int]
     correct: dict[str, list[int]]
     cumulative: list[tuple[int, int]] = field(default_factory=list)
     per_class: dict[int, tuple[int, int]] = field(default_factory=dict)
+    answers: list[Tensor] = field(default_factory=list)
+    calibration: BinCounts = field(default_factory=BinCounts.empty)
 
 
 def spaces_of(setting: str) -> tuple[str, ...]:
@@ -55,7 +60,11 @@ def count_correct(learner: ContinualLearner, tasks: Sequence[Task], split: str =
             right: dict[str, Tensor] = {}
             for space in spaces:
                 candidates = task.classes if space == "til" else seen
-                right[space] = answered(logits, seen, candidates) == labels
+                answers = answered(logits, seen, candidates)
+                right[space] = answers == labels
+                if space == spaces[0]:
+                    counts.answers.append(answers.cpu())
+                    _count_confidence(counts.calibration, logits, columns_of(candidates, seen), right[space])
                 counts.correct[space].append(int(right[space].sum()))
             _count_classes(counts.per_class, labels, right[spaces[0]])
             if learner.setting == "class":
@@ -82,6 +91,11 @@ def _logits(learner: ContinualLearner, task: Task, split: str, image_set: object
         rows = torch.arange(start, min(start + EVALUATION_BATCH, len(image_set)))  # type: ignore[arg-type]
         parts.append(learner.logits_of(task.task_id, split, image_set, rows))  # type: ignore[arg-type]
     return torch.cat(parts)
+
+
+def _count_confidence(bins: BinCounts, logits: Tensor, columns: list[int], right: Tensor) -> None:
+    if columns:  # a task not learnt yet has no candidate
+        bins.add(confidences(logits[:, columns]), right)
 
 
 def _count_classes(per_class: dict[int, tuple[int, int]], labels: Tensor, right: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cl_platform.diagnostics import Diagnostics
 from cl_platform.evaluation import Counts, spaces_of
 from cl_platform.metrics import AccuracyMatrix, average_curve, summarise
 from cl_platform.metrics.continual_log import ContinualLog
@@ -64,6 +65,7 @@ class Results:
         self._row_reason = "joint_trains_once" if trains_once else None
         ids = [task.task_id for task in stream.tasks]
         self._matrices = {space: AccuracyMatrix(space, list(ids)) for space in self._spaces}
+        self.diagnostics = Diagnostics(stream, self._spaces[0])
 
     @property
     def primary(self) -> AccuracyMatrix:
@@ -72,6 +74,7 @@ class Results:
 
     def add(self, position: int, counts: Counts) -> None:
         """Add the evaluation after the task at ``position``; columns beyond it are tasks not learnt yet."""
+        self.diagnostics.add(position, counts)
         ids = [task.task_id for task in self._tasks[: len(counts.total)]]
         for space, matrix in self._matrices.items():
             cells = dict(zip(ids, zip(counts.correct[space], counts.total, strict=True), strict=True))
@@ -115,7 +118,7 @@ class Results:
             self._spaces[0],
             row_reason=self._row_reason,
             candidates=candidates,
-            extra={**self._curve_entries(), **continual.entries(self._spaces)},
+            extra={**self._curve_entries(), **continual.entries(self._spaces), **self.diagnostics.entries()},
         )
         return {**summary, **continual.tables(self._spaces[0]), "strategy": strategy_facts}
 
@@ -134,8 +137,11 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """State for a checkpoint."""
-        return {space: matrix.to_dict() for space, matrix in self._matrices.items()}
+        matrices = {space: matrix.to_dict() for space, matrix in self._matrices.items()}
+        return {"matrices": matrices, "diagnostics": self.diagnostics.to_json()}
 
     def load_json(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`to_json` gave."""
-        self._matrices = {space: AccuracyMatrix.from_dict(state[space]) for space in self._spaces}
+        matrices = state["matrices"]
+        self._matrices = {space: AccuracyMatrix.from_dict(matrices[space]) for space in self._spaces}
+        self.diagnostics.load_json(state["diagnostics"])

@@ -14,6 +14,7 @@ from cl_platform import efficiency, environment
 from cl_platform.backbones import build_backbone, refuse_prompts, supports_prompts
 from cl_platform.callbacks.interruption import Interrupted, Interruption
 from cl_platform.callbacks.progress import StreamProgress
+from cl_platform.callbacks.tensorboard import boards
 from cl_platform.cost import Cost
 from cl_platform.energy import EnergyMeter, gpus_of
 from cl_platform.errors import UserError
@@ -160,6 +161,9 @@ class _Run:
         config, learner = self.config, self.learner
         self.loggers = build_loggers(config.logger, self.folder.path)
         self.trainer.loggers = self.loggers
+        self.boards = boards(
+            self.loggers, self.folder.path, config.report.tensorboard_figures, self.watchers.reason is None
+        )
         learner.trainer = self.trainer
         learner.to(self.trainer.strategy.root_device)
         self.cost.measure_energy(EnergyMeter(gpus_of(learner.device)))
@@ -167,6 +171,8 @@ class _Run:
         if checkpoint is None:
             self.folder.remove_checkpoints()
             self.watchers.open()
+            for board in self.boards:
+                board.open(config.raw)
             self.folder.write("config.yaml", _yaml(config.raw))
         else:
             self._restore(checkpoint)
@@ -247,7 +253,12 @@ class _Run:
             counts = count_correct(self.learner, seen)
         self.results.add(phase.position, counts)
         self.folder.write("accuracy_matrix.csv", self.results.csv())
-        self._publish(self.trainer.global_step, self.results.curves(phase.position))
+        self.folder.write("confusion.json", to_json(self.results.diagnostics.confusion()))
+        values = {**self.results.curves(phase.position), **self.results.diagnostics.scalars()}
+        self._publish(self.trainer.global_step, values)
+        with self.cost.phase("report"):
+            for board in self.boards:
+                board.end_task(self.trainer.global_step)
         self.progress.end_task(self.results.line(phase.position))
         log.debug("%s", self.results.line(phase.position))
 
@@ -316,6 +327,8 @@ class _Run:
                 **efficiency.summary(self.learner, self.task_costs, self.stream.tasks),
             )
             self.folder.write("cost.json", to_json(cost))
+        for board in self.boards:
+            board.finish(self.config.raw, metrics, cost)
         self._report()
         for logger in self.loggers:
             logger.finalize("success")

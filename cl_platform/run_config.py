@@ -81,6 +81,7 @@ class ReportConfig:
     """Keys of ``report``."""
 
     html: bool = setting(True, doc="write report.html and figures at the end of the run")
+    tensorboard_figures: bool = setting(True, doc="matrix, confusion and gap as images in TensorBoard after each task")
 
 
 @dataclass(frozen=True)

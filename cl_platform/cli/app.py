@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cl_platform.cli.compare import compare
 from cl_platform.cli.failures import our_fault, refused
 from cl_platform.cli.report import report
 from cl_platform.errors import UserError
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("report")(report)
+app.command("compare")(compare)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a refused input.")]
 

@@ -35,6 +35,7 @@ REASONS = frozenset(
         "evaluation_off",
         "joint_trains_once",
         "starts_afresh",
+        "tasks_share_classes",
     }
 )
 """Why a metric has no value."""

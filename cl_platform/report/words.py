@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cl_platform.metrics.calibration import CALIBRATION_DEFINITIONS
+from cl_platform.metrics.confusion import CONFUSION_DEFINITIONS
 from cl_platform.metrics.continual_results import definition_of
 from cl_platform.metrics.definitions import BY_KEY, Definition
+from cl_platform.metrics.flips import FLIP_DEFINITIONS
+from cl_platform.metrics.representation import REPRESENTATION_DEFINITIONS
 
 SPACES = {
     "cil": "class-incremental: answered among all classes seen so far",
@@ -35,27 +39,13 @@ REASONS = {
     "evaluation_off": "continual evaluation was off",
     "joint_trains_once": "all tasks were trained on together, so there is only the end",
     "starts_afresh": "the model starts afresh at every task, so curves over tasks mean nothing",
+    "tasks_share_classes": "tasks share their classes, so an answer does not say which task it took",
 }
 """Why a metric has no value, in words; the keys are the closed set of ``metrics.json``."""
 
 DIAGNOSTICS: dict[str, Definition] = {
     made.key: made
-    for made in (
-        Definition(
-            "5.2", "negative_flip_rate", "Old images right before the last task, wrong after it.", "fraction", "down"
-        ),
-        Definition(
-            "5.2", "positive_flip_rate", "Old images wrong before the last task, right after it.", "fraction", "up"
-        ),
-        Definition("5.2", "churn", "Old images answered otherwise after the last task.", "fraction", "down"),
-        Definition("5.3", "ece_15", "Gap between confidence and accuracy, 15 bins of confidence.", "fraction", "down"),
-        Definition("5.4", "probe_acc", "Accuracy of a ridge probe on the features.", "fraction", "up"),
-        Definition("5.4", "nme_acc", "Accuracy of the nearest class mean of the features.", "fraction", "up"),
-        Definition("5.4", "cka_drift", "How far features moved since their task, linear CKA.", "fraction", "down"),
-        Definition("5.4", "cka_drift_debiased", "cka_drift, estimated for few images.", "fraction", "down"),
-        Definition("5.5", "task_inference_acc", "Images taken for a class of their own task.", "fraction", "up"),
-        Definition("5.5", "recency_bias", "Old images taken for a class of the newest task.", "fraction", "down"),
-    )
+    for made in (*FLIP_DEFINITIONS, *CALIBRATION_DEFINITIONS, *REPRESENTATION_DEFINITIONS, *CONFUSION_DEFINITIONS)
 }
 """Definitions of the diagnostics that ``metrics.json`` may hold."""
 

@@ -1,0 +1,130 @@
+"""What the answers on the whole test sets say beyond how many are right: confusion, flips, calibration."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from cl_platform.metrics.calibration import CALIBRATION_DEFINITIONS, BinCounts, ece, overconfidence
+from cl_platform.metrics.confusion import (
+    CONFUSION_DEFINITIONS,
+    check_bound,
+    confusion,
+    recency_bias,
+    task_confusion,
+    task_inference_acc,
+)
+from cl_platform.metrics.definitions import Definition
+from cl_platform.metrics.flips import FLIP_DEFINITIONS, Flips, churn, negative_flip_rate, positive_flip_rate
+from cl_platform.metrics.matrix import Outcome, Result, Undefined
+from cl_platform.metrics.results import entry
+
+if TYPE_CHECKING:
+    from cl_platform.evaluation import Counts
+    from cl_platform.scenarios import Stream
+
+_DEFINITIONS: dict[str, Definition] = {
+    d.key: d for d in (*FLIP_DEFINITIONS, *CALIBRATION_DEFINITIONS, *CONFUSION_DEFINITIONS)
+}
+
+
+class Diagnostics:
+    """Confusion after each task, flips at each switch and calibration, in the run's primary prediction space.
+
+    Args:
+        stream: the tasks.
+        space: the primary prediction space.
+    """
+
+    def __init__(self, stream: Stream, space: str) -> None:
+        self._stream, self._space = stream, space
+        self._after: list[dict[str, Any]] = []
+        self._flips: dict[int, Flips] = {}  # position of the new task -> counts over old tasks' images
+        self._bins: dict[int, BinCounts] = {}
+        self._answers: list[list[int]] = []  # of the latest evaluation, by position
+
+    def add(self, position: int, counts: Counts) -> None:
+        """Take the evaluation after the task at ``position``.
+
+        Raises:
+            ValueError: the counts of the two spaces contradict each other.
+        """
+        tasks = self._stream.tasks[: position + 1]
+        answers = [a.tolist() for a in counts.answers[: position + 1]]
+        labels = [task.test.labels.tolist() for task in tasks]
+        classes = sorted({c for task in tasks for c in task.classes})
+        flat = confusion([*chain(*answers)], [*chain(*labels)], classes)
+        names = [self._stream.class_names[c] for c in classes]
+        record = {"position": position, "task_id": tasks[-1].task_id, "classes": classes, "class_names": names}
+        self._after.append({**record, "counts": flat})
+        self._bins[position] = counts.calibration
+        compared = Flips()
+        for before, now, truth in zip(self._answers, answers, labels, strict=False):
+            compared += Flips.between(before, now, truth)
+        if self._answers:
+            self._flips[position] = compared
+        self._answers = answers
+        if self._space == "cil" and (by_task := self._by_task()) is not None:
+            right = {space: sum(counts.correct[space][: position + 1]) for space in ("cil", "til")}
+            check_bound(right["cil"], right["til"], by_task)
+
+    def confusion(self) -> dict[str, Any]:
+        """Content of ``confusion.json``."""
+        return {"space": self._space, "after": self._after}
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Entries of ``metrics.json`` under suffixed keys, as of the latest evaluation."""
+        flips = sum(self._flips.values(), Flips())
+        bins = self._bins[max(self._bins)] if self._bins else BinCounts.empty()
+        rates = {"negative_flip_rate": negative_flip_rate, "positive_flip_rate": positive_flip_rate, "churn": churn}
+        outcomes: dict[str, Outcome] = {key: function(flips) for key, function in rates.items()}
+        outcomes |= {"ece_15": ece(bins), "overconfidence": overconfidence(bins)}
+        by_task = self._by_task()
+        missing = Undefined("tasks_share_classes" if self._after else "empty")
+        outcomes["task_inference_acc"] = missing if by_task is None else task_inference_acc(by_task)
+        outcomes["recency_bias"] = missing if by_task is None else recency_bias(by_task)
+        made = {f"{key}_{self._space}": self._entry(key, outcome) for key, outcome in outcomes.items()}
+        for key, function in rates.items():
+            switches = {str(self._stream.tasks[p].task_id): _value(function(f)) for p, f in self._flips.items()}
+            made[f"{key}_{self._space}"]["by_switch"] = switches
+        return made
+
+    def scalars(self) -> dict[str, float]:
+        """For loggers, as of the latest evaluation."""
+        outcome = ece(self._bins[max(self._bins)])
+        return {"calibration/ece_15": float(outcome.value)} if isinstance(outcome, Result) else {}  # type: ignore[arg-type]
+
+    def _by_task(self) -> list[list[int]] | None:
+        """The latest confusion summed by task; ``None`` where tasks share classes."""
+        if not self._after:
+            return None
+        latest = self._after[-1]
+        tasks = [task.classes for task in self._stream.tasks[: latest["position"] + 1]]
+        if len({c for classes in tasks for c in classes}) < sum(map(len, tasks)):
+            return None
+        return task_confusion(latest["counts"], tasks)
+
+    def _entry(self, key: str, outcome: Outcome) -> dict[str, Any]:
+        definition = _DEFINITIONS[key]
+        if isinstance(outcome, Result):
+            return entry(definition.id, outcome.value, self._space, definition.unit)
+        return entry(definition.id, None, self._space, definition.unit, reason=outcome.reason)
+
+    def to_json(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {
+            "after": self._after,
+            "answers": self._answers,
+            "bins": {str(position): bins.to_dict() for position, bins in self._bins.items()},
+            "flips": {str(p): [f.negative, f.positive, f.changed, f.total] for p, f in self._flips.items()},
+        }
+
+    def load_json(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`to_json` gave."""
+        self._after, self._answers = list(state["after"]), list(state["answers"])
+        self._bins = {int(position): BinCounts.from_dict(bins) for position, bins in state["bins"].items()}
+        self._flips = {int(position): Flips(*numbers) for position, numbers in state["flips"].items()}
+
+
+def _value(outcome: Outcome) -> Any:
+    return outcome.value if isinstance(outcome, Result) else None
