@@ -91,6 +91,12 @@ class _LogMetric(Metric):
     def _outcome(self, curves: Curves) -> Outcome:
         raise NotImplementedError
 
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.rows, list) and not self.rows:
+            # a process without a row would otherwise contribute an empty vector of floats, of another dimension
+            self.rows = [torch.empty((0, 6), dtype=torch.int64, device=self.device)]
+        super()._sync_dist(*args, **kwargs)
+
 
 class MinAccuracy(_LogMetric):
     """2.2.2, [0, 1]: lowest accuracy since the end of a task, mean over old tasks."""
