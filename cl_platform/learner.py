@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_platform.backbones import Backbone
-from cl_platform.backbones.feature_cache import FeatureCache
+from cl_platform.backbones.feature_cache import READ_BATCH, FeatureCache
 from cl_platform.batch import Batch
 from cl_platform.errors import UserError
 from cl_platform.heads import Head
@@ -315,6 +315,18 @@ class ContinualLearner(L.LightningModule):
         query, blocks = self.composition.query, self.context.kept_blocks
         return {name for name, there in (("query", query != "none"), ("tokens", query != "only" and blocks)) if there}
 
+    def features_of(self, image_set: ImageSet) -> Tensor:
+        """Features (n, D) before the head as the learner computes them now, under the evaluation transform."""
+        parts = []
+        with self.answering():
+            for start in range(0, len(image_set), READ_BATCH):
+                rows = torch.arange(start, min(start + READ_BATCH, len(image_set)))
+                ready = self.transforms.evaluate(image_set.images(rows).to(self.device))
+                with self.precision_context():
+                    extra = {} if self.composition.query == "none" else {"query": self.backbone(ready).float()}
+                    parts.append(self.composition.features(self._unlabelled(ready, extra)).float())
+        return torch.cat(parts)
+
     def answer(self, images: Tensor, extra: dict[str, Tensor]) -> Tensor:
         """Logits (b, S) for transformed images (b, 3, S, S); call inside :meth:`answering`.
 
@@ -322,10 +334,13 @@ class ContinualLearner(L.LightningModule):
             images: of no size (b, 0) where ``extra`` stands for them.
             extra: columns of :meth:`kept_columns` for the same rows.
         """
-        nothing = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
-        batch = Batch(images, nothing, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), extra)
         with self.precision_context():
-            return self.composition.predict(batch).float()
+            return self.composition.predict(self._unlabelled(images, extra)).float()
+
+    @staticmethod
+    def _unlabelled(images: Tensor, extra: dict[str, Tensor]) -> Batch:
+        nothing = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
+        return Batch(images, nothing, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), extra)
 
     def seen_classes(self) -> list[int]:
         """Class ids of the columns of the logits, ascending."""

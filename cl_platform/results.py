@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class Continual:
         window: updates after a switch in which a gap is looked for.
         tolerance: how far below the old accuracy counts as recovered.
         reason: why its metrics have no values, where that is so whatever the log holds.
+        further: space -> entries of other onlookers.
     """
 
     log: ContinualLog | None = None
@@ -34,12 +35,15 @@ class Continual:
     window: int | None = None
     tolerance: float = 0.02
     reason: str | None = "evaluation_off"
+    further: Callable[[str], dict[str, dict[str, Any]]] = lambda space: {}
 
     def entries(self, spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Entries of ``metrics.json`` under suffixed keys."""
         if self.reason is not None:
-            return continual_entries(None, spaces, reason=self.reason)
-        return continual_entries(self.log, spaces, window=self.window, tolerance=self.tolerance)
+            made = continual_entries(None, spaces, reason=self.reason)
+        else:
+            made = continual_entries(self.log, spaces, window=self.window, tolerance=self.tolerance)
+        return {**made, **self.further(spaces[0])}
 
     def tables(self, primary: str) -> dict[str, Any]:
         """The objects ``continual`` and ``gaps`` of ``metrics.json``."""

@@ -12,6 +12,7 @@ from cl_platform.callbacks.continual_evaluation import FILE, ContinualEvaluation
 from cl_platform.callbacks.cost_watch import CostWatch
 from cl_platform.callbacks.gradient_decomposition import GradientDecomposition
 from cl_platform.metrics.continual_log import parse
+from cl_platform.representation import Representation
 from cl_platform.results import Continual
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Watchers:
             self.evaluation = ContinualEvaluation(
                 stream, config.seed, settings, folder, publish, lambda: cost.phase("eval_continual")
             )
+        self.representation = Representation(stream, config.seed, folder) if config.diagnostics.representation else None
+        self._timed = lambda: cost.phase("eval_boundary")
         if config.diagnostics.gradients == "switch":
             self.gradients = GradientDecomposition(folder, config.diagnostics.gradient_updates, publish)
 
@@ -91,10 +94,12 @@ class Watchers:
             if watcher is not None:
                 watcher.open()
 
-    def reopen(self, position: int, state: Mapping[str, Any] | None) -> None:
+    def reopen(self, position: int, state: Mapping[str, Any]) -> None:
         """Go on behind the task at ``position`` of a checkpoint with what :meth:`state` gave for it."""
-        if self.evaluation is not None and state is not None:
-            self.evaluation.reopen(position, state)
+        if self.evaluation is not None:
+            self.evaluation.reopen(position, state["evaluation"])
+        if self.representation is not None:
+            self.representation.reopen(state["representation"])
         if self.gradients is not None:
             self.gradients.reopen(position)
 
@@ -104,9 +109,10 @@ class Watchers:
             if watcher is not None:
                 watcher.close()
 
-    def state(self) -> dict[str, Any] | None:
+    def state(self) -> dict[str, Any]:
         """For a checkpoint, as plain JSON."""
-        return None if self.evaluation is None else self.evaluation.state()
+        evaluation = None if self.evaluation is None else self.evaluation.state()
+        return {"evaluation": evaluation, "representation": self.representation and self.representation.records}
 
     def begin_task(self, learner: ContinualLearner, phase: Phase, step: int) -> None:
         """After all work that the start of a task needs, before its first update."""
@@ -117,12 +123,15 @@ class Watchers:
         """After all work that the end of a task needs."""
         if self.evaluation is not None:
             self.evaluation.end_task(learner, phase, step)
+        if self.representation is not None:
+            with self._timed():
+                self.representation.end_task(learner, phase.position)
 
     def continual(self, learner: ContinualLearner) -> Continual:
         """What continual evaluation left, read back from its file."""
         config, evaluation = self.config.evaluation, self.evaluation
         if evaluation is None:
-            return Continual(facts={"grid": config.grid})
+            return Continual(facts={"grid": config.grid}, further=self._further)
         forwards = 3 * learner.forwards_train
         facts = {
             "grid": evaluation.settings.name,
@@ -130,4 +139,7 @@ class Watchers:
             "overhead": float(evaluation.tally.forwards_at_updates / forwards) if forwards else None,
         }
         read = parse((self.folder / FILE).read_text(), task_ids=[task.task_id for task in self.stream.tasks])
-        return Continual(read, facts, config.gap_window, config.gap_tolerance, self.reason)
+        return Continual(read, facts, config.gap_window, config.gap_tolerance, self.reason, self._further)
+
+    def _further(self, space: str) -> dict[str, dict[str, Any]]:
+        return {} if self.representation is None else self.representation.entries(space)

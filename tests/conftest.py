@@ -22,7 +22,10 @@ def _two_threads():
     torch.set_num_threads(2)
 
 
-SMALL = ("scenario.train_per_class=12", "scenario.test_per_class=6", "trainer.max_epochs=1", "trainer.progress=false")
+SMALL = (
+    "scenario.train_per_class=12", "scenario.test_per_class=6", "trainer.max_epochs=1", "trainer.progress=false",
+    "report.html=false", "report.tensorboard_figures=false",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ MAY_IMPORT = {  # room -> rooms below it
     },
     "learner": {"strategies", "backbones", "scenarios", "heads", "optimizers", "batch", "errors", "random_streams"},
     "evaluation": {"learner", "scenarios", "heads", "metrics"},
+    "representation": {"learner", "scenarios", "metrics", "files"},
     "diagnostics": {"evaluation", "scenarios", "metrics"},
     "estimate": {"learner", "scenarios", "strategies"},
     "subset_evaluation": {"learner", "evaluation", "scenarios", "metrics", "backbones"},

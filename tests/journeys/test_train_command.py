@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cl_platform.cli.train import train
+from cl_platform.metrics.continual_log import parse as parse_log
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["scenario.train_per_class=12", "scenario.test_per_class=6", "trainer.max_epochs=2", "trainer.batch_size=8"]
@@ -28,7 +29,13 @@ def command(*words: str, **kwargs):
 
 
 def files_of(run: Path, position: int) -> dict[str, bytes]:
-    names = ["metrics.json", "accuracy_matrix.csv", f"checkpoints/task_{position}/model.safetensors"]
+    names = [
+        "metrics.json",
+        "accuracy_matrix.csv",
+        "continual_eval.csv",
+        "confusion.json",
+        f"checkpoints/task_{position}/model.safetensors",
+    ]
     return {name: (run / name).read_bytes() for name in names}
 
 
@@ -68,6 +75,11 @@ def test_a_run_leaves_everything_a_researcher_looks_at(whole_run):
     assert len((run / "csv" / "metrics.csv").read_text().splitlines()) > 5
     assert not list(run.rglob("*.pkl")) + list(run.rglob("*.ckpt")) + list(run.rglob("*.pt"))
     assert (run / "run.log").read_text().strip()
+    assert "<svg" in (run / "report.html").read_text()
+    assert (run / "figures" / "stability_curves.png").stat().st_size > 10_000
+    log = parse_log((run / "continual_eval.csv").read_text())
+    assert not log.bad_rows
+    assert max(row.global_step for row in log.rows) == 30
 
 
 def test_the_step_axis_runs_on_over_all_tasks(whole_run):

@@ -57,7 +57,7 @@ class Run:
 @st.composite
 def runs(draw: st.DrawFn, holes: bool) -> Run:
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
-    images = [draw(st.integers(1, 20)) for _ in lengths]
+    images = [draw(st.integers(1, 20) | st.just(10)) for _ in lengths]  # tenths meet a tolerance exactly
     skipped = draw(st.sets(st.integers(1, sum(lengths)))) if holes else set()
     run = Run(lengths, images, {}, skipped)
     events = [(s, k, e, j) for s, k, e in run.events() for j in range(k + 1)]
@@ -151,8 +151,8 @@ def check_run_level(run: Run, pairs: list[GapPair], found: dict[str, Outcome]) -
         assert middle == median(times)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.booleans().flatmap(runs), st.none() | st.integers(1, 15), st.integers(0, 20))
+@settings(deadline=None, max_examples=100)
+@given(st.booleans().flatmap(runs), st.none() | st.integers(1, 15), st.sampled_from([0, 2, 5, 10, 20]))
 def test_gaps_equal_the_plain_loops(run: Run, window: int | None, hundredths: int) -> None:
     curves = curves_of(run.log())
     pairs = gap_pairs(curves, window, hundredths / 100)
@@ -162,7 +162,7 @@ def test_gaps_equal_the_plain_loops(run: Run, window: int | None, hundredths: in
     check_run_level(run, pairs, run_level(curves, pairs))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(runs(holes=True), st.integers(1, 15))
 def test_curves_with_holes_equal_the_plain_loops(run: Run, window: int) -> None:
     curves, last = curves_of(run.log()), run.b[-1]
@@ -172,8 +172,8 @@ def test_curves_with_holes_equal_the_plain_loops(run: Run, window: int) -> None:
         pairs = [(m, n) for m in v for n in v if m < n and n - m < window]
         fall += max([Fraction(0), *(v[m] - v[n] for m, n in pairs)]) / len(run.tasks)
         rise += max([Fraction(0), *(v[n] - v[m] for m, n in pairs)]) / len(run.tasks)
-    assert c.wf(curves, window) == Result(approx(float(fall), abs=CLOSE), c.wf(curves, window).per_task)
-    assert c.wp(curves, window) == Result(approx(float(rise), abs=CLOSE), c.wp(curves, window).per_task)
+    assert c.wf(curves, window).value == approx(float(fall), abs=CLOSE)
+    assert c.wp(curves, window).value == approx(float(rise), abs=CLOSE)
 
     mean = pooled = first = Fraction(0)
     beta = min(run.lengths)

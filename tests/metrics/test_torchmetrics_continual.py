@@ -28,6 +28,8 @@ from cl_platform.metrics.torchmetrics_continual import (
     WorstCaseAccuracy,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+
 GAPS = {
     GapDepth: "gap_depth",
     GapResidual: "gap_residual",
