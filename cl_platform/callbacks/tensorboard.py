@@ -83,7 +83,7 @@ class StabilityBoard:
         final = {f"hparam/{key}": metrics[key]["value"] for key in HPARAMS if key in metrics}
         final |= {"hparam/seconds": cost["seconds_total"], "hparam/params_trainable": cost["params_trainable"]}
         self._logger.log_hyperparams(
-            dict(config), metrics={key: value for key, value in final.items() if isinstance(value, int | float)}
+            _chosen(config), metrics={key: value for key, value in final.items() if isinstance(value, int | float)}
         )
 
     def _running(self, curves: Any, step: int) -> None:
@@ -133,6 +133,27 @@ def boards(loggers: Iterable[Any], folder: Path, figures: bool = True, gaps: boo
     """A board for each TensorBoard logger of the run."""
     chosen = [made for made in loggers if type(made).__name__ == "TensorBoardLogger"]
     return [StabilityBoard(made, folder, figures, gaps) for made in chosen]
+
+
+def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs are told apart by: names first, then the keys of strategy, optimizer and trainer that hold a value."""
+    strategies = config.get("strategy") or {}
+    names = {
+        "_strategy": "+".join(strategies),
+        "_scenario": (config.get("scenario") or {}).get("kind"),
+        "_backbone": (config.get("backbone") or {}).get("kind"),
+        "_seed": config.get("seed"),
+    }
+    groups = {**{name: keys or {} for name, keys in strategies.items()}, "optimizer": config.get("optimizer") or {}}
+    trainer = config.get("trainer") or {}
+    groups["trainer"] = {key: trainer.get(key) for key in ("max_epochs", "batch_size", "precision")}
+    flat = {
+        f"{group}/{key}": value
+        for group, keys in groups.items()
+        for key, value in keys.items()
+        if isinstance(value, str | int | float) and key != "optimizer"
+    }
+    return {**names, **flat}
 
 
 def _tag(view: RunView, position: int) -> str:
