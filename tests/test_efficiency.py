@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import threading
 
 import pytest
@@ -169,9 +170,10 @@ def test_compiled_blocks_are_counted_uncompiled_and_stay_compiled():
     assert compiled == [block._compiled_call_impl for block in backbone.vit.blocks]
 
 
-def test_a_learner_that_cannot_be_copied_goes_uncounted_and_is_no_error(caplog):
+def test_a_learner_that_cannot_be_copied_goes_uncounted_and_is_no_error(caplog, monkeypatch):
     learner = begun(config_of("finetune"), digits())
     only(learner).lock = threading.Lock()
+    monkeypatch.setattr(logging.getLogger("cl_platform"), "propagate", True)  # the command turns it off
     record = efficiency.task_flops(learner)
     assert record == {"task_id": 0, "flops_eval_image": None, "flops_train_step": None, "reason": "not_countable"}
     assert "FLOPs not counted" in caplog.text

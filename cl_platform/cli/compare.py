@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from cl_platform.report.compare import Comparison
     from cl_platform.report.comparison_numbers import Numbers
 
+GAP = 2
+"""Blanks between two columns, one of which the box draws."""
+
 Runs = Annotated[
-    list[str], typer.Argument(help="Run folders, or quoted wildcards: 'outputs/*/finetune/*'.", show_default=False)
+    list[str],
+    typer.Argument(help="Run folders, or quoted wildcards: 'outputs/*/finetune/*'.", metavar="RUN", show_default=False),
 ]
 Output = Annotated[
     Path | None,
@@ -44,7 +48,7 @@ def compare(runs: Runs, output: Output = None, force: Force = False, as_json: Js
 
 
 def run_folders(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Folders for what a user named, and a line for each folder that a wildcard met and that is no run.
+    """Folders for what a user named, and a line for each folder with content that a wildcard met and that is no run.
 
     Raises:
         UserError: a wildcard that meets no run folder.
@@ -62,7 +66,7 @@ def run_folders(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             met = f"meets {len(folders)} folders, none of them a run" if folders else "meets no folder"
             raise UserError("run", word, met, "Runs lie in outputs/<scenario>/<strategy>/<date>: 'outputs/*/*/*'")
         found += runs
-        others = [p for p in folders if p not in runs and not _related(p, runs)]
+        others = [p for p in folders if p not in runs and _holds_something(p) and not _related(p, runs)]
         passed_over += [f"{p} holds no config.yaml, so it is no run folder" for p in others]
     return found, passed_over
 
@@ -105,6 +109,14 @@ def _over_seeds(numbers: Numbers, label: str, key: str) -> dict[str, Any]:
     }
 
 
+def _holds_something(path: Path) -> bool:
+    """Whether a folder is not empty; also one that may not be looked into."""
+    try:
+        return any(path.iterdir())
+    except OSError:
+        return True
+
+
 def _related(path: Path, runs: Sequence[Path]) -> bool:
     """Whether a folder holds one of the runs, or is inside one."""
     return any(path in run.parents or run in path.parents for run in runs)
@@ -118,9 +130,12 @@ def _print(made: Comparison, left_out: Sequence[str]) -> None:
     from cl_platform.report import comparison_tables as tables
 
     console = Console(highlight=False)
-    console.print(f"Comparison on {made.scenario}", style="bold", markup=False)
+    space = made.groups[0].runs[0].primary
+    console.print(f"Comparison on {made.scenario}, prediction space {space}", style="bold", markup=False)
     for table in _tables(made.numbers, console.width):
+        console.print()
         console.print(table)
+    console.print()
     console.print(tables.legend(made.numbers), style="dim", markup=False)
     for line in (*tables.absences(made.numbers), *made.notes):
         console.print(Padding(Text(f"{line.rstrip('.')}."), (0, 0, 0, 2)))
@@ -136,17 +151,19 @@ def _tables(numbers: Numbers, width: int) -> list[Table]:
     from rich.table import Table
     from rich.text import Text
 
+    from cl_platform.report.comparison_tables import wrapped
+
     columns = _columns(numbers)
-    longest = max(len(group.label) for group in numbers.groups)
-    first = min(max(len("strategy"), longest), max(18, width // 4))
+    names = [wrapped(group.label, max(18, width * 3 // 10)) for group in numbers.groups]
+    first = max(len("strategy"), *(len(line) for name in names for line in name))
     tables: list[Table] = []
-    for part in _fitting([wide + 2 for _, _, wide in columns], width - first - 4):
-        made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for part in _fitting([wide + GAP for _, _, wide in columns], width - first - GAP):
+        made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         made.add_column("strategy\n", width=first, overflow="fold")
         for index in part:
             made.add_column(columns[index][0], justify="right", no_wrap=True)
-        for row, group in enumerate(numbers.groups):
-            made.add_row(Text(group.label), *(columns[index][1][row] for index in part))
+        for row, name in enumerate(names):
+            made.add_row(Text("\n".join(name)), *(columns[index][1][row] for index in part))
         tables.append(made)
     return tables
 

@@ -34,8 +34,8 @@ CAPTIONS = {
     "lost_after_switches": f"{OVER_SEEDS} Above, how far old tasks are below their accuracy before the switch, on "
     "average. Below, for each switch, how deep they fell (3.1) and what of it came back before the next one (3.3): gap "
     "(ours).",
-    "accuracy_after_tasks": "Mean accuracy over the tasks seen after each task, with the 95 % band over seeds; the last "
-    "one is acc (1.1), their mean is aia (1.3). Points stand side by side to keep their bars apart.",
+    "accuracy_after_tasks": "Mean accuracy over the tasks seen after each task, with the 95 % band over seeds; the "
+    "last one is acc (1.1), their mean is aia (1.3). Points stand side by side to keep their bars apart.",
     "forgetting_by_task": "Best accuracy on a task before the last task minus the final one (1.5), with the 95 % band "
     "over seeds.",
 }

@@ -13,7 +13,7 @@ from cl_platform.metrics.seeds import OverSeeds, over_seeds
 from cl_platform.report import words
 from cl_platform.report.comparison_figures import Look, by_place, in_lines, legend, points_axis
 from cl_platform.report.comparison_groups import Group
-from cl_platform.report.comparison_numbers import Numbers, accuracy_after, definition
+from cl_platform.report.comparison_numbers import Numbers, accuracy_after, definition, direction
 from cl_platform.report.comparison_tables import short_count
 from cl_platform.report.drawing import WIDTH, sheet, style
 from cl_platform.report.palette import MUTED, PAPER
@@ -70,16 +70,17 @@ def key_numbers(numbers: Numbers, look: dict[str, Look], title: str) -> Figure:
     columns = min(4, len(keys))
     rows = -(-len(keys) // columns)
     labels = [group.label for group in numbers.groups]
-    lines = sum(1 + in_lines(label, 24).count("\n") for label in labels)
+    written = [in_lines(label, 27) for label in labels]
+    row = max(0.3, 0.06 + 0.15 * max(1 + text.count("\n") for text in written))
     with style():
-        figure = sheet(0.7 + rows * (0.75 + max(0.3 * len(labels), 0.19 * lines)), f"Key numbers: {title}", WIDTH)
+        figure = sheet(0.7 + rows * (0.75 + row * len(labels)), f"Key numbers: {title}", WIDTH)
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for place, axes in enumerate(panels.flat):
             if place >= len(keys):
                 axes.set_visible(False)
                 continue
             _panel(axes, keys[place], numbers, look)
-            axes.set_yticks(range(len(labels)), [in_lines(label, 24) for label in labels])
+            axes.set_yticks(range(len(labels)), written)
             axes.set_ylim(len(labels) - 0.45, -0.55)
             axes.tick_params(axis="y", length=0, labelsize=8.5)
     return figure
@@ -109,9 +110,9 @@ def _panel(axes: Axes, key: str, numbers: Numbers, look: dict[str, Look]) -> Non
             zorder=3,
         )  # fmt: skip
         span += [*single, mean - half, mean + half]
-    arrow = {"up": "higher is better", "down": "lower is better"}[known.better] if known else ""
+    arrow = {"up": ", higher is better", "down": ", lower is better", None: ""}[direction(key)]
     axes.set_title(f"{TITLES.get(key, key)}{f' ({known.id})' if known else ''}", fontsize=9)
-    axes.set_xlabel(f"{unit}, {arrow}", fontsize=8, color=MUTED)
+    axes.set_xlabel(f"{unit}{arrow}", fontsize=8, color=MUTED)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="y", visible=False)
     _limits(axes, key, span)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 
 from cl_platform.metrics.seeds import OverSeeds
 from cl_platform.report.comparison_curves import GroupCurves, Strand, place_on
+from cl_platform.report.comparison_tables import wrapped
 from cl_platform.report.curve_figures import mark_switches
 from cl_platform.report.drawing import plain, sheet, style, thinned
 from cl_platform.report.palette import LINES, MARKERS, MUTED, OKABE_ITO
@@ -50,8 +50,8 @@ def looks(labels: Sequence[str]) -> dict[str, Look]:
 
 def in_lines(label: str, width: int = 28) -> str:
     """A group's label for a legend: at most three lines."""
-    lines = textwrap.wrap(plain(label, 200), width=width, max_lines=3, placeholder=" …", break_on_hyphens=False)
-    return "\n".join(lines)
+    lines = wrapped(plain(label, 200), width)
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], f"{lines[2][: width - 2]} …"])
 
 
 def while_learning(curves: Sequence[GroupCurves], look: dict[str, Look], title: str) -> Figure | None:
@@ -115,10 +115,11 @@ def by_place(
         known = {place: value for place, value in found.items() if value.mean is not None}
         shown = look[label]
         places = [place + shift for place in known]
+        means = [scale * (value.mean or 0.0) for value in known.values()]
+        halves = [scale * (value.half or 0.0) for value in known.values()]
         axes.errorbar(
-            places, [scale * (v.mean or 0.0) for v in known.values()], yerr=[scale * (v.half or 0.0) for v in known.values()],
-            color=shown.color, marker=shown.marker, linestyle=shown.line if lines else "none", label=shown.label,
-            markersize=5, capsize=2.5, elinewidth=1.1, linewidth=1.2,
+            places, means, yerr=halves, color=shown.color, marker=shown.marker, label=shown.label,
+            linestyle=shown.line if lines else "none", markersize=5, capsize=2.5, elinewidth=1.1, linewidth=1.2,
         )  # fmt: skip
 
 

@@ -183,7 +183,8 @@ def _one_per_seed(runs: Sequence[RunView], repeated: list[str]) -> list[RunView]
         earlier = latest.get(seed)
         if earlier is not None:
             repeated.append(
-                f"{earlier.path} has the configuration and the seed of {run.path}: no second sample, the later one counts"
+                f"{earlier.path} has the configuration and the seed of {run.path}: no second sample, the later one "
+                "counts"
             )
         latest[seed] = run
     return list(latest.values())

@@ -22,6 +22,9 @@ COLUMNS = (
 )  # fmt: skip
 """Metrics of the table, in its order."""
 
+NO_CONTEST = ("gap_transient",)
+"""Metrics that name no best group: nothing is won back after no loss, but also where all stays lost."""
+
 JOINT = "joint"
 """The strategy whose runs are the references of ``intransigence``."""
 REFERENCE_MODES = ("scratch", "continue")
@@ -82,6 +85,12 @@ def definition(key: str) -> Definition | None:
     """The definition of a metric or a cost, with or without its space's suffix."""
     name, _, space = key.rpartition("_")
     return _COSTS.get(key) or words.definition(key) or (words.definition(name) if space in words.SPACES else None)
+
+
+def direction(key: str) -> str | None:
+    """``up`` or ``down``, where larger or smaller values are better; ``None`` where neither is."""
+    known = definition(key)
+    return None if known is None or any(key.removesuffix(f"_{s}") in NO_CONTEST for s in words.SPACES) else known.better
 
 
 def outcome(run: RunView, key: str) -> float | Undefined:
@@ -215,14 +224,14 @@ def _intransigence(group: Group, space: str, reference: Group | None) -> tuple[f
 
 def _best(key: str, groups: Sequence[Group], values: Mapping[tuple[str, str], OverSeeds]) -> frozenset[str]:
     """Labels of the best mean. A group that lacks the value in a run does not compete: its mean is over the rest."""
-    known = definition(key)
-    if known is None:
+    better = direction(key)
+    if better is None:
         return frozenset()
     entering = {group.label: values[group.label, key] for group in groups}
     means = {label: v.mean for label, v in entering.items() if v.mean is not None and not v.missing}
     if len(means) < 2:
         return frozenset()
-    best = max(means.values()) if known.better == "up" else min(means.values())
+    best = max(means.values()) if better == "up" else min(means.values())
     winners = frozenset(label for label, mean in means.items() if mean == best)
     return winners if len(winners) < len(means) else frozenset()
 

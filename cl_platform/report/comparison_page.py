@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cl_platform.report import comparison_tables as tables
 from cl_platform.report import words
@@ -39,11 +40,17 @@ def render(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = _breakable
     css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     figures = {one.name: _element(one, text, scenario) for one, text in drawn}
     return environment.get_template("comparison.html.j2").render(
         css=css, figures=figures, left_out=left_out, notes=notes, **_content(scenario, numbers)
     )
+
+
+def _breakable(text: object) -> Markup:
+    """A text that may be broken behind signs; without them a long key would be broken anywhere."""
+    return Markup("<wbr>").join(escape(piece) for piece in re.findall(r"[^._=,+/]+[._=,+/]*|[._=,+/]+", str(text)))
 
 
 def _content(scenario: str, numbers: Numbers) -> dict[str, Any]:

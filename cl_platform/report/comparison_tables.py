@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cl_platform.metrics.seeds import OverSeeds
 from cl_platform.report import words
 from cl_platform.report.comparison_groups import Group, differences, shown
-from cl_platform.report.comparison_numbers import Numbers, definition, surroundings
+from cl_platform.report.comparison_numbers import Numbers, definition, direction, surroundings
 
 HEADINGS = {
     "gap_depth": "gap", "gap_transient": "won back", "gap_recovery_time": "recovery", "seconds_total": "seconds",
@@ -24,16 +25,23 @@ class Cell:
     """A number over seeds as it is printed.
 
     Attributes:
-        text: mean and half the width of its band, ``-`` for none.
+        mean: the mean, ``-`` for none.
+        half: half the width of its band behind a ``±``; empty without a band.
         best: whether it is the best mean of its column.
         share: ``2 of 3`` where a run has no value; else empty.
         why: why runs have none, in words; else empty.
     """
 
-    text: str
+    mean: str
+    half: str
     best: bool
     share: str
     why: str
+
+    @property
+    def text(self) -> str:
+        """Mean and half width in one line."""
+        return f"{self.mean} {self.half}".rstrip()
 
 
 def cell(numbers: Numbers, label: str, key: str) -> Cell:
@@ -41,7 +49,8 @@ def cell(numbers: Numbers, label: str, key: str) -> Cell:
     value = numbers.values[label, key]
     share = f"{value.n} of {value.runs}" if value.missing and value.n else ""
     reasons = [words.REASONS.get(reason, reason) for reason in value.missing]
-    return Cell(_written(value, key), label in numbers.best[key], share, "; ".join(reasons))
+    mean, sign, half = _written(value, key).partition(" ± ")
+    return Cell(mean, f"± {half}" if sign else "", label in numbers.best[key], share, "; ".join(reasons))
 
 
 def heading(key: str) -> str:
@@ -52,7 +61,7 @@ def heading(key: str) -> str:
 def below(key: str) -> str:
     """What stands below it: the definition's number and which direction is good."""
     known = definition(key)
-    return f"{known.id} {ARROWS[known.better]}" if known else ""
+    return f"{known.id} {ARROWS.get(direction(key) or '', '')}".rstrip() if known else ""
 
 
 def legend(numbers: Numbers) -> str:
@@ -121,11 +130,13 @@ def ranking(numbers: Numbers) -> list[str]:
             continue
         order = sorted(entering, key=lambda name: entering[name].mean or 0.0, reverse=known.better == "up")
         first, second = entering[order[0]], entering[order[1]]
-        unit = " points" if key in words.DIFFERENCES else " %"
-        said.append(
-            f"{order[0]} has {what}, {_written(first, key)}{unit}, then {order[1]} with {_written(second, key)}{unit}"
-            f"{_apart(first, second)}."
-        )
+        unit = "\u00a0points" if key in words.DIFFERENCES else "\u00a0%"
+        best, next_best = (_written(value, key).replace(" ", "\u00a0") + unit for value in (first, second))
+        if first.mean == second.mean:
+            alike = [label for label in order if entering[label].mean == first.mean]
+            said.append(f"{', '.join(alike[:-1])} and {alike[-1]} share {what}.")
+            continue
+        said.append(f"{order[0]} has {what}, {best}, then {order[1]} with {next_best}{_apart(first, second)}.")
     return said
 
 
@@ -134,6 +145,24 @@ def group_rows(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     own = dict.fromkeys(key for group in groups for key in group.settings if key.startswith("strategy."))
     rows = [(key, [shown(group.settings.get(key)) for group in groups]) for key in own]
     return [*((key, values) for key, values in rows if len(set(values)) > 1), *differences(groups)]
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most so many characters; a word that is too long is broken behind a sign where it has one."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for piece in re.findall(r"[^._=,+/-]*[._=,+/-]?", word):
+            if len(lines[-1]) + len(piece) > width and lines[-1]:
+                lines.append("")
+            lines[-1] += piece
+            while len(lines[-1]) > width:
+                lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return lines
 
 
 def short_count(value: float) -> str:

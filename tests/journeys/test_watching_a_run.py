@@ -58,8 +58,8 @@ def test_joint_training_has_no_gaps_and_says_why(small_run, tmp_path):
     assert result.metrics["gaps"] == []
 
 
-def test_a_subset_larger_than_a_task_is_said_once(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("cl_platform"), "level", logging.INFO)  # as the command sets it
+def test_a_subset_larger_than_a_task_is_said_once(small_run, tmp_path):
+    logging.getLogger("cl_platform").setLevel(logging.INFO)  # as the command does
     result = small_run(*FAST, "evaluation.images_per_task=500", f"run_dir={tmp_path / 'run'}", "logger=[]")
     text = (result.path / "run.log").read_text()
     assert text.count("evaluation.images_per_task=500") == 1
