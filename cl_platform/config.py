@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union
 
-from cl_platform.errors import UserError, nearest
+from cl_platform.errors import UserError, as_typed, nearest
 
 C = TypeVar("C")
 
@@ -45,6 +45,8 @@ def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C
     Raises:
         UserError: an unknown key (with the nearest one), a missing key, a wrong type, a value out of range.
     """
+    if values is not None and not isinstance(values, Mapping):
+        raise UserError(prefix, values, "must be a group of keys", f"Set keys below it, such as {prefix}.KEY=VALUE")
     values = dict(values or {})
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -55,8 +57,14 @@ def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C
             near = nearest(name, fields)
             todo = f"Did you mean {prefix + '.' if prefix else ''}{near[0]}" if near else "Remove it"
             raise UserError(key, value, f"unknown key; known are {', '.join(sorted(fields)) or 'none'}", todo)
-        built[name] = _convert(value, hints[name], key)
-        _check_range(built[name], fields[name].metadata, key)
+        metadata = fields[name].metadata
+        try:
+            built[name] = _convert(value, hints[name], key)
+        except UserError as error:
+            if metadata.get("choices") is None:
+                raise
+            raise _no_choice(key, value, metadata["choices"]) from error
+        _check_range(built[name], metadata, key, value)
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if missing and name not in built:
@@ -76,15 +84,14 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         for exact in members:  # a member that the value already is wins over one it could be turned into
             if isinstance(exact, type) and type(value) is exact:
                 return value
-        for member in members[:-1]:
+        for member in members:
             try:
                 return _convert(value, member, key)
-            except UserError:
-                continue
-        return _convert(value, members[-1], key)
+            except UserError as error:
+                if error.key != key:  # it says which element or inner key is wrong
+                    raise
+        raise _wrong_type(value, hint, key)
     if dataclasses.is_dataclass(hint):
-        if value is not None and not isinstance(value, Mapping):
-            raise UserError(key, value, "must be a group of keys", f"Set keys below it, such as {key}.KEY=VALUE")
         return typed(typing.cast(type, hint), value, key)
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
@@ -113,24 +120,47 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
             pass
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    raise UserError(key, value, f"must be {words.get(hint, hint)}", f"Change {key}")
+    raise _wrong_type(value, hint, key)
 
 
-def _check_range(value: Any, metadata: Mapping[str, Any], key: str) -> None:
+WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("true or false", "true"),
+    int: ("a whole number", "10"),
+    float: ("a number", "0.1"),
+    str: ("a text", "NAME"),
+    list: ("a list", "[...]"),
+    tuple: ("a list", "[...]"),
+    type(None): ("null", "null"),
+}
+"""What a type is called in a message, and how a value of it is typed."""
+
+
+def _wrong_type(value: Any, hint: Any, key: str) -> UserError:
+    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    named = [WORDS.get(typing.get_origin(member) or member, ("a group of keys", "...")) for member in members]
+    listed = " or ".join(filter(None, [", ".join(word for word, _ in named[:-1]), named[-1][0]]))
+    return UserError(key, value, f"must be {listed}", f"Write {key}=VALUE, such as {key}={named[0][1]}")
+
+
+def _no_choice(key: str, value: Any, choices: tuple[Any, ...]) -> UserError:
+    near = nearest(str(value), map(str, choices))
+    todo = f"Did you mean {near[0]}" if near else "Choose one of them"
+    return UserError(key, value, f"must be one of {', '.join(map(as_typed, choices))}", todo)
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any], key: str, given: Any) -> None:
+    """Refuse a converted value that is out of range; ``given`` is how the user wrote it."""
     if value is None:
         return
     choices = metadata.get("choices")
     if choices is not None and value not in choices:
-        near = nearest(str(value), map(str, choices))
-        todo = f"Did you mean {near[0]}" if near else "Choose one of them"
-        raise UserError(key, value, f"must be one of {', '.join(map(str, choices))}", todo)
+        raise _no_choice(key, given, choices)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     low, high, above = metadata.get("min"), metadata.get("max"), metadata.get("above")
     if low is not None and value < low:
-        raise UserError(key, value, f"must be at least {low}", f"Raise {key}")
+        raise UserError(key, given, f"must be at least {low}", f"Raise {key}")
     if above is not None and value <= above:
-        raise UserError(key, value, f"must be above {above}", f"Raise {key}")
+        raise UserError(key, given, f"must be above {above}", f"Raise {key}")
     if high is not None and value > high:
-        raise UserError(key, value, f"must be at most {high}", f"Lower {key}")
+        raise UserError(key, given, f"must be at most {high}", f"Lower {key}")

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+LONG = 20
+"""Elements of a list that a message shows."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Names of ``known`` that look most like ``name``, best first, at most ``count`` of them."""
     return difflib.get_close_matches(str(name), sorted(set(known)), n=count, cutoff=0.45)
+
+
+def as_typed(value: object) -> str:
+    """A value as one types it behind ``KEY=``: ``null``, ``true``, ``[0,cat]``; a long list is cut in its middle."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{as_typed(name)}:{as_typed(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        shown = [as_typed(inner) for inner in value]
+        return "[" + ",".join(shown if len(shown) <= LONG else [*shown[: LONG - 2], "...", shown[-1]]) + "]"
+    return str(value)
 
 
 class UserError(Exception):
@@ -31,7 +46,7 @@ class UserError(Exception):
         super().__init__(key, value, allowed, what_to_do)
 
     def __str__(self) -> str:
-        given = self.key if self.value == "" else f"{self.key}={self.value}"
+        given = self.key if self.value == "" else f"{self.key}={as_typed(self.value)}"
         line = f"{given}: {self.allowed}. {self.what_to_do}."
         return " ".join(line.split())
 

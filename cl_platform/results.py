@@ -107,7 +107,8 @@ class Results:
         cells = " ".join("-" if value is None else f"{100 * value:.1f}" for value in shown)
         known = [value for value in shown if value is not None]
         mean = 100 * sum(known) / len(known) if known else float("nan")
-        return f"after task {position + 1}/{len(self._tasks)}: mean {mean:.1f} %, per task {cells}"
+        task = f"task {self._tasks[position].task_id} ({position + 1} of {len(self._tasks)})"
+        return f"after {task}: mean {mean:.1f} %, per task {cells}"
 
     def metrics(self, strategy_facts: dict[str, Any], continual: Continual) -> dict[str, Any]:
         """Content of ``metrics.json``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,40 @@ from cl_platform.errors import UserError
 from cl_platform.run_config import RunConfig
 from cl_platform.run_folder import Checkpoint, checkpoints, latest_run, new_run_path
 
+log = logging.getLogger("cl_platform")
+
 
 def locate(config: RunConfig) -> tuple[Path, Checkpoint | None]:
-    """The run folder and, when resuming, the checkpoint to go on from."""
+    """The run folder and, when resuming, the checkpoint to go on from.
+
+    Raises:
+        UserError: a folder that holds a run already, no run where one is named, or a run of another configuration.
+    """
     root = Path(config.output_root)
-    given = Path(config.run_dir) if config.run_dir else None
+    given = Path(str(config.run_dir)) if config.run_dir is not None and config.run_dir != "" else None
     if config.resume is None:
         if given is not None and (given / "config.yaml").exists():
             raise UserError("run_dir", given, "holds a run already", "Add resume=auto, or choose another folder")
         return given or new_run_path(root, config.scenario.kind, config.strategy_name), None
     if config.resume != "auto":
-        given = Path(config.resume)
+        if isinstance(config.resume, bool) or config.resume == "":
+            key = "resume" if config.resume != "" else "resume="
+            raise UserError(key, config.resume, "must be auto, null or a run folder", "Write resume=auto")
+        given = Path(str(config.resume))
         if not given.is_dir():
             raise UserError("resume", given, "there is no such run folder", "Write resume=auto or a run folder")
     path = given or latest_run(root, config.scenario.kind, config.strategy_name)
     if path is None or not (path / "config.yaml").exists():
         if config.resume == "auto":
+            where = path or root / config.scenario.kind / config.strategy_name
+            log.info("resume=auto: there is no run in %s to go on with, a new one starts", where)
             return path or new_run_path(root, config.scenario.kind, config.strategy_name), None
         raise UserError("resume", path, "holds no run", "Write resume=auto or a run folder")
     _same_configuration(config, path)
-    return path, next(checkpoints(path), None)
+    checkpoint = next(checkpoints(path), None)
+    if checkpoint is None:
+        log.info("resume=%s: no task of the run in %s was finished, it starts anew", config.resume, path)
+    return path, checkpoint
 
 
 def _same_configuration(config: RunConfig, path: Path) -> None:
@@ -38,7 +53,7 @@ def _same_configuration(config: RunConfig, path: Path) -> None:
     now = {**config.raw, "trainer": {**(config.raw.get("trainer") or {}), "progress": None}}
     before["trainer"] = {**before.get("trainer", {}), "progress": None}  # shows something, changes nothing
     for key in sorted(set(before) | set(now)):
-        if key in ("run_dir", "resume", "debug", "output_root", "logger", "data"):
+        if key in ("run_dir", "resume", "debug", "output_root", "logger", "data", "report"):
             continue
         if before.get(key) != now.get(key):
             name = _first_difference(key, before.get(key), now.get(key))

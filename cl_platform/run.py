@@ -206,7 +206,7 @@ class _Run:
             phase = self.phases[number]
             if phase.fresh:
                 self._start_afresh()
-            self.progress.begin_task(phase.position, self._task_name(phase))
+            self.progress.begin_task(phase.position, self._task_name(phase), phase.task.task_id)
             with self.cost.phase("boundary"):
                 self.learner.begin_task(phase.task, self._epochs(), self.trained_epochs)
             with self.cost.phase("report"):
@@ -301,7 +301,8 @@ class _Run:
         self.task_costs = list(state["task_costs"])
         self.trainer.fit_loop.load_state_dict(state["loops"])
         self.watchers.reopen(checkpoint.position, state["evaluation"])
-        log.info("resumed after task %d of %d", checkpoint.position + 1, len(self.phases))
+        done = self.stream.tasks[checkpoint.position].task_id
+        log.info("resumed after task %d (%d of %d)", done, state["phase"] + 1, len(self.phases))
 
     def _report(self) -> None:
         """Draw what the folder holds; a failure there costs no result."""

@@ -63,7 +63,10 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.images_per_task != "auto" and not (isinstance(self.images_per_task, int) and self.images_per_task > 0):
             raise UserError(
-                "evaluation.images_per_task", self.images_per_task, "must be auto or a whole number from 1", "Change it"
+                "evaluation.images_per_task",
+                self.images_per_task,
+                "must be auto or a whole number from 1",
+                "Write evaluation.images_per_task=auto",
             )
 
 
@@ -131,7 +134,10 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
             raise UserError(key, raw[key], "unknown key", f"Did you mean {near[0]}" if near else "Remove it")
     if raw.get("plugins"):
         raise UserError("plugins", raw["plugins"], "is reserved and not available yet", "Leave it out")
-    strategy = {name: dict(values or {}) for name, values in (raw.get("strategy") or {}).items()}
+    for key in ("run_dir", "output_root"):
+        if raw.get(key) == "":
+            raise UserError(key, "", "is empty", f"Write {key}=FOLDER, or leave it out")
+    strategy = _named_groups(raw, "strategy")
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise UserError("seed", seed, "must be a whole number from 0 to 2^63 - 1", "Write seed=0")
@@ -146,7 +152,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         diagnostics=typed(DiagnosticsConfig, raw.get("diagnostics"), "diagnostics"),
         report=typed(ReportConfig, raw.get("report"), "report"),
         data=typed(DataConfig, raw.get("data"), "data"),
-        logger={name: dict(values or {}) for name, values in (raw.get("logger") or {}).items()},
+        logger=_named_groups(raw, "logger"),
         seed=seed,
         run_dir=raw.get("run_dir"),
         output_root=str(raw.get("output_root") or Path("outputs")),
@@ -154,6 +160,16 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         debug=bool(raw.get("debug", False)),
         raw=dict(raw),
     )
+
+
+def _named_groups(raw: Mapping[str, Any], group: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, values in (raw.get(group) or {}).items():
+        if values is not None and not isinstance(values, Mapping):
+            key = f"{group}.{name}"
+            raise UserError(key, values, "must be a group of keys", f"Set keys below it, such as {key}.KEY=VALUE")
+        found[name] = dict(values or {})
+    return found
 
 
 def _optimizer(raw: Mapping[str, Any], strategy: Mapping[str, Mapping[str, Any]]) -> OptimizerConfig:

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from cl_platform.errors import UserError, nearest, unknown_name
 @dataclass(frozen=True)
 class Inner:
     rate: float = setting(0.5, doc="a share", min=0, max=1)
+    most: int | None = setting(None, doc="an upper bound")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,13 @@ def test_a_union_keeps_the_type_that_was_given():
         ({"cuont": 3}, ["x.cuont", "unknown key", "x.count"]),
         ({"count": 0}, ["x.count=0", "at least 1"]),
         ({"count": "three"}, ["x.count=three", "whole number"]),
-        ({"count": True}, ["x.count", "whole number"]),
+        ({"count": True}, ["x.count=true", "whole number", "such as x.count=10"]),
+        ({"count": None}, ["x.count=null", "whole number"]),
+        ({"name": True}, ["x.name=true", "must be one of a, b"]),
+        ({"order": True}, ["x.order=true", "must be a text, a whole number or a list."]),
+        ({"order": ["a"]}, ["x.order[0]=a", "whole number"]),
+        ({"inner": {"rate": -1}}, ["x.inner.rate=-1:", "at least 0"]),
+        ({"inner": {"most": "many"}}, ["x.inner.most=many", "a whole number or null"]),
         ({"name": "c"}, ["x.name=c", "a, b"]),
         ({"inner": {"rate": 2}}, ["x.inner.rate=2", "at most 1"]),
         ({"inner": 4}, ["x.inner=4", "group of keys"]),
@@ -65,3 +73,21 @@ def test_a_value_without_default_is_asked_for():
 def test_near_names_come_first():
     assert nearest("coda_promt", ["coda_prompt", "nmc"])[0] == "coda_prompt"
     assert "Did you mean derpp" in str(unknown_name("strategy", "derp", ["derpp", "finetune"]))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (False, "false"),
+        (0, "0"),
+        ([0, "cat", None], "[0,cat,null]"),
+        (("a", [True]), "[a,[true]]"),
+        ({"a": None, "b": {"c": [1]}}, "{a:null,b:{c:[1]}}"),
+        (Path("data") / "x", "data/x"),
+        (list(range(100)), "[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,...,99]"),
+    ],
+)
+def test_a_message_shows_a_value_as_it_is_typed(value, shown):
+    assert str(UserError("x.key", value, "is wrong", "Change it")) == f"x.key={shown}: is wrong. Change it."

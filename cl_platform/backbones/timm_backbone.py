@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import itertools
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import nn
@@ -18,7 +20,7 @@ from cl_platform.random_streams import RUN_LEVEL, seeded_globals
 from cl_platform.registry import backbones
 
 HUB_TIMEOUT_SECONDS = 4.0
-OFFLINE_CHOICES = "Set backbone.weights=FILE, or use backbone=vit_nano, whose weights are packed"
+OFFLINE_CHOICES = "Set backbone.weights=FILE, or use backbone=vit_nano, whose weights come with the installation"
 SHORT_NAMES = {
     "vit_base": "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
@@ -46,14 +48,13 @@ def resolve_tag(name: str | None, random_weights: bool = False) -> str:
         raise UserError("backbone.name", name, "a full timm tag is needed", f"Write {SHORT_NAMES['vit_base']}")
     architecture, tag = split_model_name_tag(name)
     if architecture not in timm.list_models():
-        near = nearest(architecture, timm.list_models())
-        full = [_tags(n)[0] if _tags(n) else n for n in near]
-        todo = f"Did you mean {' or '.join(full)}" if full else "timm.list_models() prints all names"
+        near = nearest_full_tags(name)
+        todo = f"Did you mean {' or '.join(near)}" if near else "timm.list_models() prints all names"
         raise UserError("backbone.name", name, f"timm {timm.__version__} has no model of this name", todo)
     known = list(get_arch_pretrained_cfgs(architecture))
     if tag:
         if name not in known:
-            near = nearest(name, known, 1) or known[:1]
+            near = _by_likeness(name, known)[:1]
             raise UserError(
                 "backbone.name",
                 name,
@@ -71,10 +72,36 @@ def resolve_tag(name: str | None, random_weights: bool = False) -> str:
     return known[0] if len(known) == 1 else name
 
 
-def _tags(architecture: str) -> list[str]:
-    from timm.models import get_arch_pretrained_cfgs
+def nearest_full_tags(name: str, count: int = 3) -> list[str]:
+    """Full names that look most like one that timm does not know, best first, at most ``count``.
 
-    return list(get_arch_pretrained_cfgs(architecture))
+    The mistake may sit in the architecture, in the tag, or in the sign between them. A plain name's neighbours are
+    architectures with their first tag, and full names whose dot was mistaken.
+    """
+    import timm
+    from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+
+    lowered = name.lower()
+    architecture, tag = split_model_name_tag(lowered)
+    near = nearest(architecture, timm.list_models(), count)
+    tags = [list(get_arch_pretrained_cfgs(known)) or [known] for known in near]
+    if tag:
+        return _by_likeness(lowered, [full for each in tags for full in each])[:count]
+    found = dict.fromkeys([each[0] for each in tags] + nearest(lowered, timm.list_pretrained(), count))
+    return _by_likeness(lowered, found)[:count]
+
+
+def _by_likeness(name: str, known: Iterable[str]) -> list[str]:
+    """``known``, best first, by what architecture and tag each have in common with ``name``'s, or all with all."""
+
+    def parts(full: str) -> list[str]:
+        return full.split(".", 1) if "." in name else [full]
+
+    def likeness(full: str) -> float:
+        both = itertools.zip_longest(parts(name), parts(full), fillvalue="")
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in both)
+
+    return sorted(known, key=likeness, reverse=True)
 
 
 @backbones.register("timm")
@@ -139,6 +166,8 @@ def create_timm(tag: str, config: BackboneConfig, seed: int, pretrained: bool) -
             with _hub_access(pretrained):
                 model = timm.create_model(tag, pretrained=pretrained, num_classes=0, **options)
         except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+            if _of_the_hub(error):
+                raise _unreachable(tag) from error
             raise UserError(
                 "backbone",
                 tag,
@@ -146,15 +175,21 @@ def create_timm(tag: str, config: BackboneConfig, seed: int, pretrained: bool) -
                 "Change them",
             ) from error
         except Exception as error:  # the hub's client and its transport have many classes of errors, one meaning
-            raise UserError(
-                "backbone.name",
-                tag,
-                f"its weights are not in the local cache and cannot be downloaded ({type(error).__name__})",
-                OFFLINE_CHOICES,
-            ) from error
+            raise _unreachable(tag) from error
     if config.grad_checkpointing:
         cast(Any, model).set_grad_checkpointing(True)
     return cast(nn.Module, model)
+
+
+def _of_the_hub(error: Exception) -> bool:
+    """Whether the hub's client or its transport raised it; which builtin class it derives from differs by release."""
+    return type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "requests", "urllib3")
+
+
+def _unreachable(tag: str) -> UserError:
+    return UserError(
+        "backbone.name", tag, "its weights are not in the local cache and cannot be downloaded", OFFLINE_CHOICES
+    )
 
 
 def _takes_img_size(tag: str) -> bool:

@@ -46,14 +46,21 @@ class StreamProgress(L.Callback):
         """Leave the bar as it is."""
         self._bar.stop()
 
-    def begin_task(self, position: int, name: str) -> None:
-        """Name the task that comes next."""
-        self._label = f"task {position + 1}/{self._num_tasks} {name}"
+    def begin_task(self, position: int, name: str, task_id: int | None = None) -> None:
+        """Name the task that comes next, by its id and its place among all.
+
+        Args:
+            position: row of the accuracy matrix that the task fills, from 0; the last one where all train together.
+            name: what it holds.
+            task_id: ``None`` where no task was left out, so that ids are positions.
+        """
+        place = min(position + 1, self._num_tasks)
+        self._label = f"task {position if task_id is None else task_id} ({place} of {self._num_tasks}) {name}"
         self._bar.update(self._bar_id, description=self._label)
 
     def end_task(self, line: str) -> None:
-        """Print one line about a finished task above the bar."""
-        self._bar.console.print(line, markup=False, highlight=False)
+        """Print one line about a finished task above the bar; it wraps nowhere but at the edge of a terminal."""
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def on_train_batch_end(self, trainer: L.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,15 +35,27 @@ def check_choices(overrides: Sequence[str]) -> None:
     """Refuse unknown choices and groups before Hydra composes, with the nearest names.
 
     Raises:
-        UserError: a choice that its group does not have.
+        UserError: a choice that its group does not have, no choice, or the same one twice in a list.
     """
     known = groups()
     for override in overrides:
         name, _, value = override.partition("=")
+        if not name.strip():
+            raise UserError(override, "", "is no KEY=VALUE", "See python train.py --help")
         group = name.lstrip("+~").partition("@")[0]
         if group not in known or "=" not in override or "(" in value:  # a sweep's function, such as glob(*)
             continue
-        for choice in filter(None, re.split(r"[\[\],\s]+", value.strip("'\""))):
+        choices = [choice for choice in re.split(r"[\[\],\s]+", value.strip("'\"")) if choice]
+        if not choices and not (group in LISTS and "[" in value):
+            raise UserError(
+                f"{group}=", "", f"needs a choice; known are {', '.join(known[group])}", "Write one of them"
+            )
+        for members in re.findall(r"\[([^\[\]]*)\]", value):
+            listed = [member.strip() for member in members.split(",")]
+            twice = next((member for member in listed if listed.count(member) > 1), None)
+            if twice:
+                raise UserError(group, f"[{members}]", f"names {twice} more than once", "Name it once")
+        for choice in choices:
             if choice == "null" and group != "experiment":
                 none = f"Write {group}=[]" if group == "logger" else "Choose one of them"
                 raise UserError(group, choice, f"needs a choice; known are {', '.join(known[group])}", none)
@@ -58,23 +71,16 @@ def explain(error: Exception, overrides: Sequence[str], known_keys: Sequence[str
         overrides: the command line's words.
         known_keys: full names of all keys, for the nearest one.
     """
+    from hydra.errors import OverrideParseException
+
     text = " ".join(str(error).split()).partition(" See https://")[0]
     missing = re.search(r"Could not override '([^']+)'", text)
     if missing:
-        key = missing.group(1)
-        given = next((o.partition("=")[2] for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
-        group, _, rest = key.partition(".")
-        choice = rest.partition(".")[0]
-        if (
-            group in LISTS
-            and choice in groups()[group]
-            and not any(k.startswith(f"{group}.{choice}.") for k in known_keys)
-        ):
-            return UserError(key, given, f"{choice} is not chosen in this run", f"Add {group}={choice}")
-        if key.startswith("trainer.lightning."):
-            return UserError(key, given, "a key for lightning.Trainer is added with a plus", f"Write +{key}={given}")
-        near = nearest(key, [k for k in known_keys if "." in k or "." not in key], 1)
-        return UserError(key, given, "unknown key", f"Did you mean {near[0]}" if near else "See python train.py --help")
+        return _unknown_key(missing.group(1), overrides, known_keys)
+    if "nterpolation" in text:
+        name, _, value = next((o for o in overrides if "${" in o), "").partition("=")
+        reason = text.partition(" full_key")[0][:120].rstrip(".")
+        return UserError(name, value, f"cannot be resolved ({reason})", "Put an existing key into ${...}")
     if "hydra/launcher" in text:
         launcher = next((o.partition("=")[2] for o in overrides if o.startswith("hydra/launcher=")), "")
         return UserError(
@@ -92,9 +98,43 @@ def explain(error: Exception, overrides: Sequence[str], known_keys: Sequence[str
     name, _, value = bad.partition("=")
     if "=" not in bad:
         return UserError(name, "", "is no KEY=VALUE", "See python train.py --help")
-    return UserError(
-        name, value, text[:200].rstrip("."), f"Write {name}=VALUE; signs such as , = [ need '{name}=\"...\"'"
-    )
+    if isinstance(error, OverrideParseException):
+        return UserError(
+            name,
+            value,
+            "cannot be read; a bracket or a quote is left open, or a sign needs quotes",
+            f"Write {name}=VALUE, and a text with signs other than letters and digits as '{name}=\"{value}\"'",
+        )
+    return UserError(name, value, text[:200].rstrip("."), f"Write {name}=VALUE, see python train.py --help")
+
+
+def _unknown_key(key: str, overrides: Sequence[str], known_keys: Sequence[str]) -> UserError:
+    """What is wrong with a key that the composed configuration does not have."""
+    given = next((o.partition("=")[2] for o in overrides if o.lstrip("+~").startswith(f"{key}=")), None)
+    group, _, rest = key.partition(".")
+    choice = rest.partition(".")[0]
+    if group in LISTS:
+        if choice in groups()[group] and not any(k.startswith(f"{group}.{choice}.") for k in known_keys):
+            return UserError(key, given, f"{choice} is not chosen in this run", f"Add {group}={choice}")
+    elif others := _choices_with(group, rest):
+        todo = f"Add {group}={others[0]}" if len(others) == 1 else "Choose one of them"
+        return UserError(key, given, f"is a key of {group}={' or '.join(others)}, not of what is chosen here", todo)
+    if key.startswith("trainer.lightning."):
+        return UserError(key, given, "a key for lightning.Trainer is added with a plus", f"Write +{key}={given}")
+    near = nearest(key, [k for k in known_keys if "." in k or "." not in key], 1)
+    return UserError(key, given, "unknown key", f"Did you mean {near[0]}" if near else "See python train.py --help")
+
+
+def _choices_with(group: str, key: str) -> list[str]:
+    """Choices of a group whose files hold a key."""
+    import yaml
+
+    found = []
+    for choice in groups().get(group, []):
+        values = yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+        if key in flat_keys(values):
+            found.append(choice)
+    return found
 
 
 def flat_keys(values: Any, prefix: str = "") -> list[str]:
@@ -103,6 +143,26 @@ def flat_keys(values: Any, prefix: str = "") -> list[str]:
         return [prefix]
     inner = [flat_keys(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in values.items()]
     return [name for names in inner for name in names] + ([prefix] if prefix else [])
+
+
+def sweep_runs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run that ``-m`` makes of some, in the order in which they are run.
+
+    Words for Hydra itself, such as a launcher, are left out.
+    """
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = [word for word in overrides if not word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):  # it knows the choices behind glob(*)
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    each = []
+    for override in parser.parse_overrides(words):
+        swept = override.is_sweep_override() and override.is_discrete_sweep()
+        name = override.get_key_element()
+        each.append([f"{name}={v}" for v in override.sweep_string_iterator()] if swept else [str(override.input_line)])
+    return [list(run) for run in itertools.product(*each)]
 
 
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:

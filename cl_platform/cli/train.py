@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys, groups
+from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys, groups, sweep_runs
+from cl_platform.cli.failures import our_fault, refused
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def train(arguments: Sequence[str]) -> int:
     """Run what the arguments ask for.
 
     Returns:
-        0 done, 2 the user's input, 70 a bug of ours, 130 or 143 after Ctrl-C or SIGTERM.
+        0 done, 2 the user's input, 70 a bug of ours, 130, 141 or 143 after Ctrl-C, a closed pipe or SIGTERM.
     """
     overrides = [a for a in arguments if not a.startswith("-")]
     # Waiting threads sleep instead of spinning: on a machine that does other work too, spinning made small matrix
@@ -37,17 +37,17 @@ def train(arguments: Sequence[str]) -> int:
         check_choices(overrides)
         return _with_hydra(list(arguments), overrides)
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return refused(error, debug)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except SystemExit as error:
         return int(error.code or 0)
+    except BrokenPipeError:  # as in `train.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at its end
+        return 141
     except Exception as error:
-        return _our_fault(error)
+        return our_fault(error)
 
 
 def _check_flags(arguments: Sequence[str]) -> None:
@@ -60,16 +60,6 @@ def _check_flags(arguments: Sequence[str]) -> None:
             raise UserError(word, "", "is no option", "Write KEY=VALUE, see python train.py --help")
 
 
-def _our_fault(error: Exception) -> int:
-    traceback.print_exc()
-    print(
-        f"error: this is a fault of cl_platform ({type(error).__name__}); "
-        "please report the lines above with your command",
-        file=sys.stderr,
-    )
-    return 70
-
-
 def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
     """Hand over to Hydra, which also knows ``--help``, ``--cfg`` and ``--multirun``."""
     import hydra
@@ -77,6 +67,8 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if any(word in ("-m", "--multirun") for word in arguments):
+        _check_sweep(overrides)
     codes: list[int] = []
     failures: list[Exception] = []  # raised inside the job, Hydra would print a line of its own
 
@@ -101,9 +93,39 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+    if failures and isinstance(failures[0], OmegaConfBaseException):
+        raise explain(failures[0], overrides) from failures[0]
     if failures:
         raise failures[0]
     return max(codes, default=0)
+
+
+def _check_sweep(overrides: list[str]) -> None:
+    """Refuse a sweep with a run in it that would be refused, before the first one starts."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from cl_platform.run_config import parse
+    from cl_platform.strategies.composition import build_strategies
+
+    try:
+        runs = sweep_runs(overrides)
+    except HydraException as error:
+        raise explain(error, overrides) from error
+    folders: set[str] = set()
+    for words in runs:
+        try:
+            config = parse(compose(words))
+        except OmegaConfBaseException:  # such as ${hydra:job.num}, which only a run in progress can fill in
+            continue
+        build_strategies(config.strategy)
+        if config.run_dir in folders:
+            raise UserError(
+                "run_dir", config.run_dir, "several runs of the sweep would write there",
+                "Leave it out, or put a key into it, such as 'run_dir=runs/${seed}'",
+            )  # fmt: skip
+        if config.run_dir:
+            folders.add(config.run_dir)
 
 
 def _one_run(raw: Any, arguments: Sequence[str]) -> int:
@@ -127,11 +149,12 @@ def _print_log() -> None:
     log = logging.getLogger("cl_platform")
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    if not any(type(h) is logging.StreamHandler for h in log.handlers):
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setLevel(logging.INFO)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+    for before in [h for h in log.handlers if type(h) is logging.StreamHandler]:
+        log.removeHandler(before)  # it may hold a standard error that was replaced since
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
 
 
 def _print_table(result: RunResult) -> None:

@@ -169,7 +169,7 @@ def stream_from_datasets(
     num_tasks: int,
     *,
     setting: str = "class",
-    class_order: int | str | Sequence[int] = "natural",
+    class_order: int | str | Sequence[int | str] = "natural",
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     image_size: int | None = None,

@@ -42,6 +42,11 @@ class DataConfig:
     cache_dir: str | None = key(None, doc="folder of decoded images; null: <user cache>/cl_platform/decoded")
     download: bool = key(True, doc="whether a data set that is not on disk may be downloaded")
 
+    def __post_init__(self) -> None:
+        for name in ("root", "cache_dir"):
+            if getattr(self, name) == "":  # as of a shell variable that is not set
+                raise UserError(f"data.{name}=", "", "is empty", f"Write data.{name}=FOLDER, or leave it out")
+
     def root_folder(self) -> Path:
         """The folder that holds one folder per data set."""
         named = self.root or os.environ.get("CL_DATA_ROOT")
@@ -59,8 +64,8 @@ class ScenarioConfig:
     kind: str = key(doc="registered name, for example split_digits")
     num_tasks: int = key(5, min=1, doc="number of tasks; for class splits it divides the number of classes")
     setting: str = key("class", choices=SETTINGS, doc="class-, domain- or task-incremental")
-    class_order: int | str | tuple[int, ...] = key(
-        "natural", doc="natural | seed | coda:<repeat> | pilot:<seed> | list of class ids | file of names or ids"
+    class_order: int | str | tuple[int | str, ...] = key(
+        "natural", doc="natural | seed | coda:<repeat> | pilot:<seed> | list of class names or ids | file of these"
     )
     train_per_class: int | None = key(None, min=1, doc="training images kept per class (and domain); null: all")
     test_per_class: int | None = key(None, min=1, doc="test images kept per class (and domain); null: all")

@@ -63,7 +63,8 @@ def missing(dataset: str, root: Path, reason: str, layout: str = "{train,test}/<
         "data.root",
         root,
         f"{dataset} is missing: the folder {root / dataset} with {layout} would be read, and {reason}",
-        "Put the images there, or use the embedded data with scenario=split_digits",
+        f"Put the images there, or name the folder that holds {dataset}/ by data.root=FOLDER or $CL_DATA_ROOT, "
+        "or use the embedded data with scenario=split_digits",
     )
 
 
@@ -80,7 +81,7 @@ def refuse_unreachable(url: str, dataset: str, root: Path) -> None:
             # a server that refuses the question may still serve the file; a proxy that refuses everything will not
             outcome.append("" if error.code in (405, 501) else f"{url} answered {error.code}")
         except Exception as error:  # name resolution, refused connections, TLS: all mean that it cannot be reached
-            outcome.append(f"{url} cannot be reached ({' '.join(str(error).split())[:120]})")
+            outcome.append(f"{url} cannot be reached ({_cause(error)})")
 
     # in a thread, because name resolution has no time limit of its own
     asking = threading.Thread(target=ask, daemon=True)
@@ -89,6 +90,13 @@ def refuse_unreachable(url: str, dataset: str, root: Path) -> None:
     reason = outcome[0] if outcome else f"{url} did not answer within {REACHABLE_WITHIN:g} s"
     if reason:
         raise missing(dataset, root, reason)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong on the way to a server, without the names of Python's classes."""
+    reason = getattr(error, "reason", None) or error
+    text = getattr(reason, "strerror", None) or str(reason)
+    return " ".join(str(text).split())[:120] or "no answer"
 
 
 def _mnist_like(name: str, root: Path, download: bool) -> Fetched:

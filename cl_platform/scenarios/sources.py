@@ -23,6 +23,7 @@ from cl_platform.scenarios.listing import (
     session_listing,
     shown,
 )
+from cl_platform.scenarios.splits import class_chunks, class_order
 
 DIGITS_TEST_SHARE = 0.2
 _DIGITS_SEED = 20_240_229  # a constant: the digits' test set is the same in every run
@@ -105,7 +106,10 @@ def image_folder(scenario: ScenarioConfig, data: DataConfig) -> Source:
     root = Path(scenario.path).expanduser()
     if not root.is_dir():
         raise UserError("scenario.path", scenario.path, "there is no such folder", "Correct the path")
-    return _from_listing(class_folder_listing(root, "scenario.path"), scenario, data)
+    listing = class_folder_listing(root, "scenario.path")
+    # before the images are decoded, which takes minutes where there are many
+    class_chunks(class_order(scenario.class_order, [shown(n) for n in listing.class_names]), scenario.num_tasks)
+    return _from_listing(listing, scenario, data)
 
 
 def core50(scenario: ScenarioConfig, data: DataConfig) -> Source:

@@ -9,24 +9,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cl_platform.errors import UserError
+from cl_platform.errors import UserError, nearest
 from cl_platform.random_streams import RUN_LEVEL, stream
 
-_ORDERS = "natural, a whole number, coda:<repeat>, pilot:<seed>, a list of all class ids, or a file of names or ids"
+KEY = "scenario.class_order"
+_ORDERS = "natural, a whole number, coda:<repeat>, pilot:<seed>, a list of all class names or ids, or a file of these"
+_SHOWN = 5  # classes named in a message
 
 
-def class_order(order: int | str | Sequence[int], class_names: Sequence[str]) -> tuple[int, ...]:
+def class_order(order: int | str | Sequence[int | str], class_names: Sequence[str]) -> tuple[int, ...]:
     """Class ids in the order in which tasks get them.
 
     Args:
         order: ``natural`` (ascending ids); an integer ``s``, with the meaning it has in Avalanche's ``SplitX(seed=s)``
             (a torch permutation); ``coda:<r>``, repeat r of the CODA-Prompt code (Python's shuffle, r = 0 natural);
-            ``pilot:<s>``, the numpy permutation of the PILOT and PyCIL code; a list of ids; or a file with one class
-            name or id a line.
+            ``pilot:<s>``, the numpy permutation of the PILOT and PyCIL code; a list of names or ids; or a file with
+            one class name or id a line. A text that is a class's name means that class, else digits mean an id.
         class_names: names by class id.
 
     Raises:
-        UserError: none of these, or not every class exactly once.
+        UserError: none of these, a name that no class has (with the nearest), or not every class exactly once.
     """
     count = len(class_names)
     if isinstance(order, str):
@@ -38,12 +40,13 @@ def class_order(order: int | str | Sequence[int], class_names: Sequence[str]) ->
         family, _, number = text.partition(":")
         if family in ("coda", "pilot") and number.isdigit():
             return _coda_order(int(number), count) if family == "coda" else _pilot_order(int(number), count)
-        return _checked(_order_from_file(text, class_names), count, order)
+        return _checked(_order_from_file(text, class_names), class_names, order)
     if isinstance(order, int):
         generator = torch.Generator()
         generator.manual_seed(order)
         return tuple(torch.randperm(count, generator=generator).tolist())
-    return _checked([int(c) for c in order], count, list(order))
+    given = list(order)
+    return _checked(_ids_of(given, class_names, given), class_names, given)
 
 
 def _coda_order(repeat: int, count: int) -> tuple[int, ...]:
@@ -55,47 +58,48 @@ def _coda_order(repeat: int, count: int) -> tuple[int, ...]:
 
 def _pilot_order(seed: int, count: int) -> tuple[int, ...]:
     if seed >= 2**32:
-        raise UserError("scenario.class_order", f"pilot:{seed}", "the seed must be below 2**32", "Choose a smaller one")
+        raise UserError(KEY, f"pilot:{seed}", "the seed must be below 2**32", "Choose a smaller one")
     return tuple(int(c) for c in np.random.RandomState(seed).permutation(count))
 
 
 def _order_from_file(text: str, class_names: Sequence[str]) -> list[int]:
     path = Path(text).expanduser()
     if not path.is_file():
-        raise UserError(
-            "scenario.class_order",
-            text,
-            f"must be {_ORDERS}; there is no such file",
-            "Use scenario.class_order=natural",
-        )
-    ids_of = {name: number for number, name in enumerate(class_names)}
-    order = []
+        raise UserError(KEY, text, f"must be {_ORDERS}; there is no such file", f"Use {KEY}=natural")
+    words = []
     for line in path.read_text(encoding="utf-8").splitlines():
         word = line.strip().lstrip("-").strip().strip("'\"")
-        if not word or word.startswith("#"):
-            continue
-        if word in ids_of:
-            order.append(ids_of[word])
-        elif word.isdigit():
-            order.append(int(word))
-        else:
-            raise UserError(
-                "scenario.class_order",
-                text,
-                f"the file names {word!r}, which is no class of this data set",
-                "Correct it",
-            )
-    return order
+        if word and not word.startswith("#"):
+            words.append(word)
+    return _ids_of(words, class_names, text)
 
 
-def _checked(ids: list[int], count: int, given: object) -> tuple[int, ...]:
+def _ids_of(words: Sequence[int | str], class_names: Sequence[str], given: object) -> list[int]:
+    """Class ids of names and ids; a ``UserError`` with the nearest names for a text that is neither."""
+    id_of = {name: number for number, name in enumerate(class_names)}
+    ids = []
+    for word in words:
+        if isinstance(word, str) and word not in id_of and not word.isdigit():
+            near = nearest(word, id_of)
+            names = ", ".join(class_names[:_SHOWN]) + (", ..." if len(class_names) > _SHOWN else "")
+            todo = f"Did you mean {' or '.join(near)}" if near else f"The data set's classes are {names}"
+            raise UserError(KEY, given, f"{word} is no class of this data set", todo)
+        ids.append(id_of[word] if isinstance(word, str) and word in id_of else int(word))
+    return ids
+
+
+def _checked(ids: list[int], class_names: Sequence[str], given: object) -> tuple[int, ...]:
+    count = len(class_names)
     if sorted(ids) != list(range(count)):
+        wrong = [f"{c} is no class id" for c in ids if not 0 <= c < count]
+        wrong += [f"{class_names[c]} is missing" for c in range(count) if c not in ids]
+        wrong += [f"{class_names[c]} stands {ids.count(c)} times" for c in range(count) if ids.count(c) > 1]
+        shown = ", ".join(wrong[:_SHOWN]) + (", ..." if len(wrong) > _SHOWN else "")
         raise UserError(
-            "scenario.class_order",
-            given,
-            f"must hold each of the {count} class ids 0..{count - 1} exactly once",
-            "Complete the list, or use scenario.class_order=natural",
-        )
+            KEY, given,
+            f"must hold each of the {count} classes exactly once, by name or by id 0..{count - 1}; {shown}",
+            f"Correct the list, or use {KEY}=natural",
+        )  # fmt: skip
     return tuple(ids)
 
 
@@ -104,12 +108,12 @@ def class_chunks(order: Sequence[int], num_tasks: int) -> list[tuple[int, ...]]:
     count = len(order)
     if num_tasks > count or count % num_tasks:
         divisors = [d for d in range(1, count + 1) if count % d == 0]
-        near = min(divisors, key=lambda d: (abs(d - num_tasks), d))
+        near = min(divisors[1:] or divisors, key=lambda d: (abs(d - num_tasks), d))  # a single task is no stream
         raise UserError(
             "scenario.num_tasks",
             num_tasks,
-            f"{count} classes do not divide into {num_tasks} tasks; allowed are {', '.join(map(str, divisors))}",
-            f"Set scenario.num_tasks={near}",
+            f"{count} classes do not divide into {num_tasks} tasks",
+            f"Set scenario.num_tasks={near}; the numbers that divide {count} are {', '.join(map(str, divisors))}",
         )
     size = count // num_tasks
     return [tuple(order[i * size : (i + 1) * size]) for i in range(num_tasks)]

@@ -131,6 +131,12 @@ def test_a_plain_timm_name_is_refused_with_all_its_tags():
     "name, expected",
     [
         ("vit_base_patch16_224.orig_in21", "Did you mean vit_base_patch16_224.orig_in21k"),
+        ("vit_base_patch16_224.mea", "Did you mean vit_base_patch16_224.mae."),
+        ("vit_bas_patch16_224.augreg_in21k_ft_in1k", "Did you mean vit_base_patch16_224.augreg_in21k_ft_in1k or"),
+        ("vit_bas_patch16_224.mae", "Did you mean vit_base_patch16_224.mae or"),
+        ("vit_smal_patch16_224.augreg_in21", "Did you mean vit_small_patch16_224.augreg_in21k or"),
+        ("ViT_Base_Patch16_224.dino", "Did you mean vit_base_patch16_224.dino or"),
+        ("vit_base_patch16_224_augreg_in21k", "Did you mean vit_base_patch16_224.augreg_in21k or"),
         ("resnet8", "Did you mean resnet"),
         ("zzz", "timm.list_models()"),
         (None, "full timm tag is needed"),
@@ -156,7 +162,22 @@ def test_weights_that_cannot_be_downloaded_fail_within_seconds(monkeypatch, tmp_
     before = constants.HF_HUB_OFFLINE
     message = refusal("timm", name="vit_tiny_patch16_224.augreg_in21k_ft_in1k", kwargs={"depth": 1})
     assert "cannot be downloaded" in message and "backbone.weights=FILE" in message and "vit_nano" in message
+    assert "Error" not in message and "(" not in message
     assert before == constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("base", [ValueError, RuntimeError, OSError])
+def test_a_refusal_of_the_hub_is_told_from_one_of_the_model_whatever_it_derives_from(base, monkeypatch):
+    import timm
+
+    error = type("LocalEntryNotFoundError", (base,), {"__module__": "huggingface_hub.errors"})
+
+    def create(*args, **kwargs):
+        raise error("no such entry")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(timm_backbone, "hub_answers", lambda *_: False)
+    assert "cannot be downloaded. Set backbone.weights=FILE" in refusal("deit_tiny")
 
 
 def test_an_endpoint_that_does_not_answer_counts_as_offline():

@@ -45,6 +45,47 @@ def test_a_file_may_name_classes_or_ids(tmp_path):
     assert class_order(str(file), ["ant", "bee", "cat"]) == (1, 0, 2)
 
 
+@pytest.mark.parametrize("order", [["bee", "ant", "cat"], [1, 0, 2], [1, "ant", 2], ["1", "0", "2"]])
+def test_a_list_may_hold_names_or_ids(order):
+    assert class_order(order, ["ant", "bee", "cat"]) == (1, 0, 2)
+
+
+def test_a_text_that_is_a_class_name_means_the_class_and_a_number_means_an_id():
+    assert class_order(["2", "1", "0"], ["2", "0", "1"]) == (0, 2, 1)
+    assert class_order([2, 1, 0], ["2", "0", "1"]) == (2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (["bee", "and", "cat"], ["[bee,and,cat]", "and is no class", "Did you mean ant"]),
+        (["bee", "xyzzy", "cat"], ["xyzzy is no class", "ant, bee, cat"]),
+        (["bee", "bee", "ant"], ["cat is missing", "bee stands 2 times", "0..2"]),
+        ([0, 1, 3], ["3 is no class id", "cat is missing"]),
+    ],
+)
+def test_a_wrong_list_says_which_class_is_wrong(order, words):
+    with pytest.raises(UserError, match=r"scenario\.class_order=\[") as refused:
+        class_order(order, ["ant", "bee", "cat"])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_wrong_name_in_a_file_gets_the_nearest(tmp_path):
+    file = tmp_path / "order.txt"
+    file.write_text("bee\ncatt\nant\n")
+    with pytest.raises(UserError, match=r"order\.txt: catt is no class.*Did you mean cat"):
+        class_order(str(file), ["ant", "bee", "cat"])
+
+
+def test_the_command_line_takes_a_list_of_names():
+    from cl_platform.config import typed
+    from cl_platform.scenarios import ScenarioConfig
+
+    built = typed(ScenarioConfig, {"kind": "image_folder", "class_order": ["cat", "dog", 0]}, "scenario")
+    assert built.class_order == ("cat", "dog", 0)
+
+
 @pytest.mark.parametrize("order", ["random", [0, 0, 1], [0, 1], "coda:x"])
 def test_other_class_orders_are_refused(order):
     with pytest.raises(UserError, match=r"scenario\.class_order"):
@@ -52,8 +93,10 @@ def test_other_class_orders_are_refused(order):
 
 
 def test_classes_that_do_not_divide_are_refused_with_the_divisors():
-    with pytest.raises(UserError, match=r"scenario\.num_tasks=3: 10 classes.*allowed are 1, 2, 5, 10.*num_tasks=2"):
+    with pytest.raises(UserError, match=r"scenario\.num_tasks=3: 10 classes.*Set scenario\.num_tasks=2; .*1, 2, 5, 10"):
         class_chunks(range(10), 3)
+    with pytest.raises(UserError, match=r"Set scenario\.num_tasks=3; .*1, 3\."):  # one task would be no stream
+        class_chunks(range(3), 2)
 
 
 def test_skipped_tasks_keep_the_ids_of_the_others():

@@ -140,7 +140,24 @@ def test_bad_keys_are_refused_by_name(keys, message):
 def test_missing_data_names_the_folder_and_the_embedded_alternative(dataset, data):
     with pytest.raises(UserError, match=rf"{dataset}.*scenario=split_digits") as caught:
         build_stream(ScenarioConfig(kind=f"split_{dataset}"), data, 0)
-    assert f"{data.root}/{dataset}" in str(caught.value)
+    for words in (f"{data.root}/{dataset}", "data.root=FOLDER", "$CL_DATA_ROOT"):
+        assert words in str(caught.value)
+
+
+def test_a_folder_whose_classes_do_not_divide_is_refused_before_its_images_are_read(tmp_path, data, monkeypatch):
+    from cl_platform.scenarios import sources
+
+    monkeypatch.setattr(sources, "decoded", None)  # reading would fail otherwise
+    tree = write_tree(tmp_path / "images")
+    with pytest.raises(UserError, match=r"scenario\.num_tasks=5: 4 classes.*Set scenario\.num_tasks=4; .*1, 2, 4"):
+        build_stream(ScenarioConfig(kind="image_folder", path=str(tree)), data, 0)
+    with pytest.raises(UserError, match=r"kat is no class.*Did you mean cat"):
+        _folder(tree, data, class_order=("kat", "dog", "ant", "bee"))
+
+
+def test_a_folders_classes_are_ordered_by_name(tmp_path, data):
+    stream = _folder(write_tree(tmp_path / "images"), data, class_order=("cat", "dog", "ant", "bee"))
+    assert [task.classes for task in stream.tasks] == [(2, 3), (0, 1)]
 
 
 def test_an_unreachable_server_is_one_line_within_seconds(data, monkeypatch):
