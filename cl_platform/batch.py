@@ -41,6 +41,19 @@ class Batch:
         """A copy with further columns in ``extra``."""
         return dataclasses.replace(self, extra={**self.extra, **columns})
 
+    def select(self, rows: Tensor) -> Batch:
+        """The rows at which ``rows`` (B,) bool is true, or that ``rows`` (k,) int64 names, of every column."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self) if f.name != "extra"}
+        return Batch(**columns, extra={name: column[rows] for name, column in self.extra.items()})
+
+    def joined(self, other: Batch) -> Batch:
+        """Both batches one after the other; of ``extra`` the columns that both have."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "extra"]
+        columns = {name: torch.cat((getattr(self, name), getattr(other, name))) for name in names}
+        shared = [name for name in self.extra if name in other.extra]
+        extra = {name: torch.cat((self.extra[name], other.extra[name])) for name in shared}
+        return Batch(**columns, extra=extra)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A copy with every tensor on ``device``."""
         moved = {

@@ -1,12 +1,13 @@
 """From a plain mapping to a typed, range-checked dataclass, with an error that names the key as the user typed it.
 
 A configuration is a frozen dataclass. Field metadata may hold ``min``, ``max`` (inclusive), ``above`` (exclusive
-lower bound) and ``choices``; see :func:`setting`.
+lower bound) and ``choices``; see :func:`setting`. The key of a field ``lambda_`` is ``lambda``, a word of Python's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import types
 import typing
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C
         raise UserError(prefix, values, "must be a group of keys", f"Set keys below it, such as {prefix}.KEY=VALUE")
     values = dict(values or {})
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {_key_of(f.name): f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}.{name}" if prefix else name
@@ -57,20 +58,25 @@ def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C
             near = nearest(name, fields)
             todo = f"Did you mean {prefix + '.' if prefix else ''}{near[0]}" if near else "Remove it"
             raise UserError(key, value, f"unknown key; known are {', '.join(sorted(fields)) or 'none'}", todo)
-        metadata = fields[name].metadata
+        field = fields[name]
         try:
-            built[name] = _convert(value, hints[name], key)
+            built[field.name] = _convert(value, hints[field.name], key)
         except UserError as error:
-            if metadata.get("choices") is None:
+            if field.metadata.get("choices") is None:
                 raise
-            raise _no_choice(key, value, metadata["choices"]) from error
-        _check_range(built[name], metadata, key, value)
+            raise _no_choice(key, value, field.metadata["choices"]) from error
+        _check_range(built[field.name], field.metadata, key, value)
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if missing and name not in built:
+        if missing and field.name not in built:
             key = f"{prefix}.{name}" if prefix else name
             raise UserError(key, None, f"a value is needed ({field.metadata.get('doc', name)})", f"Set {key}=...")
     return cls(**built)
+
+
+def _key_of(field_name: str) -> str:
+    word = field_name.removesuffix("_")
+    return word if keyword.iskeyword(word) else field_name
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:

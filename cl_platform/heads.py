@@ -94,7 +94,13 @@ def targets_among(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return torch.searchsorted(torch.tensor(sorted(classes), device=labels.device), labels)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, seen: Sequence[int], over: Sequence[int] | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    seen: Sequence[int],
+    over: Sequence[int] | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy over some of the seen classes; the other columns get no gradient at all.
 
     Args:
@@ -102,6 +108,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, seen: Sequence[int], over: Seq
         labels: (B,) int64 global class ids, each in ``over``.
         seen: the classes of the columns.
         over: candidates of the softmax, all of ``seen`` by default.
+        weights: (B,) the factor of each row in the sum that replaces the mean.
 
     Returns:
         a scalar, computed in fp32 also under autocast.
@@ -109,4 +116,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, seen: Sequence[int], over: Seq
     over = sorted(seen) if over is None else sorted(over)
     if len(over) != len(seen):
         logits = logits[:, columns_of(over, seen)]
-    return F.cross_entropy(logits.float(), targets_among(labels, over))
+    if weights is None:
+        return F.cross_entropy(logits.float(), targets_among(labels, over))
+    return (weights * F.cross_entropy(logits.float(), targets_among(labels, over), reduction="none")).sum()

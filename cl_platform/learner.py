@@ -19,7 +19,7 @@ from cl_platform.heads import Head
 from cl_platform.optimizers import OptimizerConfig, build_optimizer, schedule_factor
 from cl_platform.random_streams import stream, stream_seed
 from cl_platform.scenarios import ImageSet, Stream, Task, Transforms
-from cl_platform.strategies.base import Context, ParameterGroup, Step
+from cl_platform.strategies.base import Context, ParameterGroup, Pass, Step
 from cl_platform.strategies.composition import Composition
 
 
@@ -80,6 +80,11 @@ class ContinualLearner(L.LightningModule):
             num_classes=stream.num_classes,
             setting=stream.setting,
             autocast=self.precision_context,
+            prepare=self._replayed,
+            step_stream=self._step_stream,
+            image_shape=(3, *stream.image_shape[1:]),
+            batch_size=options.batch_size,
+            sgd_rate=optimizer.rate(options.batch_size) if optimizer.name == "sgd" else 0.0,
         )
         self.context = context
         composition.attach(context)
@@ -92,6 +97,9 @@ class ContinualLearner(L.LightningModule):
         self.forwards_train = 0  # image forwards, those of the query included
         self.images_forwarded = 0  # rows of training batches, replayed ones included
         self._first_epoch = 0
+        self._batch_idx = 0
+        self._draws: dict[str, int] = {}
+        self._host: tuple[Tensor, Batch] | None = None  # labels of a moved batch, and its ids on the host
         self._last_step: Step | None = None
         self._all_finite = torch.ones((), dtype=torch.bool)
         self._train_query: Tensor | None = None
@@ -127,7 +135,7 @@ class ContinualLearner(L.LightningModule):
         self.context.kept_blocks = self._kept_blocks()
         self._train_query = None
         reads_kept = self.composition.query == "only" or self.transforms.deterministic
-        if self.composition.query != "none" and reads_kept and self.composition.needs_gradient:
+        if self.composition.query in ("beside", "only") and reads_kept and self.composition.needs_gradient:
             self._train_query = self.cache.features(task.task_id, "train", task.train)
 
     def _kept_blocks(self) -> int:
@@ -163,8 +171,10 @@ class ContinualLearner(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch; a frozen dataclass is not moved by Lightning itself."""
-        return batch.to(device, non_blocking=True)
+        """Move a batch; a frozen dataclass is not moved by Lightning itself. Its ids stay on the host as well."""
+        moved = batch.to(device, non_blocking=True)
+        self._host = (moved.labels, batch.replace(images=batch.images[:, :0], extra={}))
+        return moved
 
     def on_train_epoch_start(self) -> None:
         """Seed what draws from the global generator (dropout, drop path) by (task, epoch)."""
@@ -180,20 +190,29 @@ class ContinualLearner(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step: transform, widen, forward, sum of the strategies' losses."""
         assert self.task is not None
-        batch = self._prepared(batch, batch_idx)
-        rows = len(batch)
-        batch = self.composition.widen(batch)
-        self.forwards_train += len(batch) - rows
-        self.images_forwarded += len(batch)
-        features = self.composition.features(batch)
+        self._batch_idx, self._draws = batch_idx, {}
+        host = self._host[1] if self._host is not None and self._host[0] is batch.labels else batch
+        batch = self.composition.widen(self._prepared(batch, batch_idx))
+        passes: list[Pass] = []
+        seen = self.head.classes
+
+        def forward(rows: Batch) -> Pass:
+            features = self.composition.features(rows)
+            self.images_forwarded += len(rows)
+            passes.append(Pass(rows, features, self.head(features)))
+            return passes[-1]
+
+        forward(batch)
         step = Step(
-            batch=batch,
-            features=features,
-            logits=self.head(features),
-            seen_classes=self.head.classes,
+            host=host,
+            passes=passes,
+            forward=forward,
+            seen_classes=seen,
+            candidates=self.composition.candidates(self.task, seen),
             task=self.task,
             epoch=self.epoch_in_task,
             step_in_task=self.step_in_task,
+            global_step=self.global_step,
         )
         self._last_step = step
         self.terms = terms = self.composition.losses(step)
@@ -209,13 +228,34 @@ class ContinualLearner(L.LightningModule):
             raw = batch.images
             batch = batch.replace(images=self.transforms.train(raw, generator)).with_extra(raw=raw)
             self.forwards_train += len(batch)
-        if query == "none":
+        if query in ("none", "answers"):
             return batch
         if self._train_query is not None:
             return batch.with_extra(query=self._train_query[batch.extra["row"]])
         with torch.no_grad():
             self.forwards_train += len(batch)
             return batch.with_extra(query=self.backbone(batch.images).float())
+
+    def _step_stream(self, purpose: str) -> torch.Generator:
+        assert self.task is not None
+        number = self._draws[purpose] = self._draws.get(purpose, -1) + 1
+        return stream(self.options.seed, self.task.task_id, purpose, self.epoch_in_task, self._batch_idx, number)
+
+    def _replayed(self, images: Tensor, labels: Tensor, example_ids: Tensor, task_ids: Tensor) -> Batch:
+        """A batch of replayed images: a fresh draw of the current task's augmentation, from a stream of its own."""
+        assert self.task is not None
+        raw = images.to(self.device, non_blocking=True)
+        labels, example_ids, task_ids = (
+            column.to(self.device, torch.int64, non_blocking=True) for column in (labels, example_ids, task_ids)
+        )
+        ready = self.transforms.train(raw, self._step_stream("replay.augment"))
+        self.forwards_train += len(raw)
+        extra = {"raw": raw, "row": torch.full_like(labels, -1)}
+        if self.composition.query in ("beside", "only"):
+            with torch.no_grad():
+                self.forwards_train += len(raw)
+                extra["query"] = self.backbone(ready).float()
+        return Batch(ready, labels, example_ids, task_ids, torch.ones_like(labels, dtype=torch.bool), extra)
 
     def _log_losses(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         self._all_finite = self._all_finite.to(loss.device) & torch.isfinite(loss.detach())
@@ -240,10 +280,18 @@ class ContinualLearner(L.LightningModule):
             )
 
     def on_after_backward(self) -> None:
-        """Strategies' gradient surgery."""
+        """The graph of the step's losses is gone."""
+        self.terms = {}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Strategies' gradient surgery: gradients are complete and un-scaled, and not clipped yet."""
         assert self._last_step is not None
-        self.terms = {}  # their graph is gone
         self.composition.after_backward(self._last_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Strategies' work after each batch; the step's graph is let go."""
+        assert self._last_step is not None
+        self.composition.after_batch(self._last_step)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The update, and the strategies' work right after it."""

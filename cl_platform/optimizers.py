@@ -31,12 +31,16 @@ class OptimizerConfig:
     nesterov: bool = setting(False, doc="Nesterov momentum of sgd")
     schedule: str = setting("constant", doc="course of the rate over a task's epochs", choices=SCHEDULES)
 
+    def rate(self, batch_size: int) -> float:
+        """Learning rate of the first update."""
+        return self.lr if self.lr_per_256 is None else self.lr_per_256 * batch_size / 256
+
 
 def build_optimizer(
     config: OptimizerConfig, groups: Sequence[ParameterGroup], batch_size: int
 ) -> torch.optim.Optimizer:
     """A fresh optimizer over the current task's parameter groups."""
-    lr = config.lr if config.lr_per_256 is None else config.lr_per_256 * batch_size / 256
+    lr = config.rate(batch_size)
     parameters: list[dict[str, Any]] = [
         {
             "params": group.parameters,

@@ -19,10 +19,10 @@ class Slots(nn.Module):
 
     Args:
         parameters: names of tensors that a gradient may train.
-        buffers: names of tensors that are remembered but never trained.
+        buffers: names of tensors that are remembered but never trained; ``None``: any.
     """
 
-    def __init__(self, parameters: tuple[str, ...] = (), buffers: tuple[str, ...] = ()) -> None:
+    def __init__(self, parameters: tuple[str, ...] = (), buffers: tuple[str, ...] | None = ()) -> None:
         super().__init__()
         self._parameter_names = parameters
         self._buffer_names = buffers
@@ -34,7 +34,7 @@ class Slots(nn.Module):
         for name, tensor in tensors.items():
             if name in self._parameter_names:
                 slot.register_parameter(name, nn.Parameter(tensor.clone()))
-            elif name in self._buffer_names:
+            elif self._buffer_names is None or name in self._buffer_names:
                 slot.register_buffer(name, tensor.clone())
             else:
                 raise KeyError(f"slot tensor {name!r} was not declared")

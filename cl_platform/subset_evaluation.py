@@ -127,7 +127,7 @@ def image_weight(learner: ContinualLearner, columns: Mapping[str, Tensor] | None
     if "tokens" in kept:
         depth = cast("PromptedViT", learner.backbone).depth
         weight = max(Fraction(depth - learner.context.kept_blocks, depth), head_weight(learner))
-    if learner.composition.query == "beside" and "query" not in kept:
+    if learner.composition.query in ("answers", "beside") and "query" not in kept:
         weight += 1
     return weight
 

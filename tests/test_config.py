@@ -75,6 +75,19 @@ def test_near_names_come_first():
     assert "Did you mean derpp" in str(unknown_name("strategy", "derp", ["derpp", "finetune"]))
 
 
+def test_a_key_may_be_a_word_of_pythons_own():
+    @dataclass(frozen=True)
+    class Penalty:
+        lambda_: float = setting(1.0, min=0)
+        kept_: int = setting(2)
+
+    assert typed(Penalty, {"lambda": 3, "kept_": 4}, "strategy.ewc") == Penalty(3.0, 4)
+    with pytest.raises(UserError, match=r"strategy\.ewc\.lambda=-1.*must be at least 0"):
+        typed(Penalty, {"lambda": -1}, "strategy.ewc")
+    with pytest.raises(UserError, match="known are kept_, lambda. Did you mean strategy.ewc.lambda"):
+        typed(Penalty, {"lamda": 1}, "strategy.ewc")
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

@@ -27,7 +27,9 @@ MAY_IMPORT = {  # room -> rooms below it
     "optimizers": {"config", "errors", "strategies"},
     "backbones": {"errors", "config", "registry", "random_streams", "batch"},
     "scenarios": {"errors", "files", "config", "registry", "random_streams", "batch"},
+    "memory": {"errors", "config", "random_streams", "batch", "slots"},
     "strategies": {
+        "memory",
         "backbones",
         "scenarios",
         "heads",

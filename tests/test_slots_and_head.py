@@ -19,6 +19,16 @@ def test_a_state_dict_alone_restores_the_slots_it_holds():
     assert sorted(one.state_dict()) == ["tasks.0.n", "tasks.0.w", "tasks.3.n", "tasks.3.w"]
 
 
+def test_slots_of_any_names_are_restored_by_their_state_alone():
+    one, other = Slots(buffers=None), Slots(buffers=None)
+    one.add(2, **{"anchor/head/weight": torch.ones(3), "seen": torch.tensor([0, 2])})
+    other.load_state_dict(one.state_dict())
+    assert sorted(other.state_dict()) == ["tasks.2.anchor/head/weight", "tasks.2.seen"]
+    assert torch.equal(other.get(2, "seen"), torch.tensor([0, 2]))
+    with pytest.raises(KeyError, match="was not declared"):
+        Slots(buffers=("seen",)).add(0, other=torch.ones(1))
+
+
 def test_dropping_a_slot_leaves_the_others_untouched():
     slots = Slots(parameters=("w",))
     for task_id in range(3):

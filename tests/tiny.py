@@ -27,7 +27,8 @@ SMALL = (
     "trainer.max_epochs=1", "trainer.progress=false",
 )  # fmt: skip
 WIDTH, SIDE = 32, 16
-SHAPED = {"num_components": 12}  # keys whose recommended value does not fit so small a trunk
+# recommended values do not fit so small a trunk, or cost too much
+SHAPED = {"num_components": 12, "projections": 64}
 
 
 @functools.cache

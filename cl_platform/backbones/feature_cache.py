@@ -38,7 +38,7 @@ class FeatureCache:
         max_bytes: int = 2**30,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._backbone, self._evaluate, self._transform_id = backbone, evaluate, transform_id
+        self._backbone, self.evaluate, self._transform_id = backbone, evaluate, transform_id
         self.max_bytes, self.autocast = max_bytes, autocast
         self._kept: dict[Key, tuple[Tensor, Tensor]] = {}  # features and example ids of the rows
         self._digest = ""
@@ -111,7 +111,7 @@ class FeatureCache:
         try:
             for start in range(0, len(image_set), READ_BATCH):
                 rows = torch.arange(start, min(start + READ_BATCH, len(image_set)))
-                images = self._evaluate(image_set.images(rows).to(device))
+                images = self.evaluate(image_set.images(rows).to(device))
                 with self.autocast():
                     parts.append(compute(images).float())  # (b, D), or (b, N, D)
         finally:

@@ -1,8 +1,13 @@
-"""One file per method; importing this package registers all built-in strategies."""
+"""One file per method; importing this package imports every file in it, and so registers all built-in strategies."""
 
-from cl_platform.strategies import coda_prompt, dual_prompt, finetune, joint, l2p, linear_probe, nmc
+import importlib
+import pkgutil
+
 from cl_platform.strategies.base import Component, Context, Needs, ParameterGroup, Step, Strategy
 from cl_platform.strategies.composition import Composition, build_strategies
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = [
     "Component",
@@ -13,11 +18,4 @@ __all__ = [
     "Step",
     "Strategy",
     "build_strategies",
-    "coda_prompt",
-    "dual_prompt",
-    "finetune",
-    "joint",
-    "l2p",
-    "linear_probe",
-    "nmc",
 ]

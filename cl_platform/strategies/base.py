@@ -7,24 +7,27 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from cl_platform.backbones.feature_cache import FeatureCache
 from cl_platform.batch import Batch
-from cl_platform.heads import Head
+from cl_platform.heads import Head, cross_entropy
 from cl_platform.slots import Slots
 
 if TYPE_CHECKING:
     from cl_platform.backbones import Backbone, PromptedViT
     from cl_platform.scenarios import Task
     from cl_platform.strategies.phases import Phase
+    from cl_platform.strategies.teacher import Teacher
 
-ROLES = ("features", "classification", "prediction", "gradient", "arrangement")
-"""What only one strategy of a composition may own: the forward pass, the base loss, the answer, gradient surgery,
-and the order in which the stream's data are trained on."""
+ROLES = ("features", "classification", "trainable", "prediction", "gradient", "buffer", "arrangement")
+"""What only one strategy of a composition may own: the forward pass, the base loss, which base parameters are trained,
+the answer, gradient surgery, the replay buffer, and the order in which the stream's data are trained on."""
 
-Query = Literal["none", "beside", "only"]
-"""Whether a strategy reads the frozen trunk's features: not at all, beside the images, or instead of them."""
+Query = Literal["none", "answers", "beside", "only"]
+"""Whether a strategy reads the frozen trunk's features: not at all, beside the images when it answers alone, beside
+the images in training as well, or instead of the images."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,27 @@ class Needs:
         prompts: a ViT whose attention takes prefixes and prompt tokens.
         boundaries: the stream must say where a task ends.
         gradient: false for learners in closed form, which skip gradient training.
+        buffer: another strategy of the composition must own a replay buffer.
+        teacher: the learner as it was at the end of the task before is kept.
     """
 
     prompts: bool = False
     boundaries: bool = True
     gradient: bool = True
+    buffer: bool = False
+    teacher: bool = False
+
+
+def _no_replay(images: Tensor, labels: Tensor, example_ids: Tensor, task_ids: Tensor) -> Batch:
+    raise RuntimeError("nothing prepares replayed images outside a learner")
+
+
+def _no_stream(purpose: str) -> torch.Generator:
+    raise RuntimeError("there is no step outside a learner")
+
+
+def _no_features(batch: Batch) -> Tensor:
+    raise RuntimeError("nothing computes features outside a composition")
 
 
 @dataclass
@@ -55,6 +74,18 @@ class Context:
         num_classes: classes of the whole scenario.
         setting: ``class``, ``domain`` or ``task``.
         autocast: opens the run's precision.
+        prepare: replayed uint8 images, labels (b,), example ids (b,) and task ids (b,) to a batch: augmented anew as
+            the current task's images are, with the query column where there is one.
+        step_stream: a generator of its own for a draw in the running step, by purpose; a new one at every call.
+        image_shape: (3, H, W) of the images as stored.
+        batch_size: training images of a batch.
+        teacher: the learner at the end of the task before; ``None`` where no strategy needs it.
+        buffer: the replay buffer, set by its owner when it is attached.
+        features: features (B, D) of a batch as the composition computes them.
+        parts: the modules that answer: ``backbone``, ``head``, and ``features`` where a strategy computes these.
+        query: how the composition reads the frozen trunk's features.
+        sgd_rate: learning rate of a task's first update by SGD; 0 for rules that scale their own steps.
+        planned_updates: optimizer updates that the whole run is planned to take.
         kept_blocks: leading blocks of a ViT that neither training nor a strategy changes in the current task.
     """
 
@@ -66,6 +97,17 @@ class Context:
     num_classes: int
     setting: str
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Callable[[Tensor, Tensor, Tensor, Tensor], Batch] = _no_replay
+    step_stream: Callable[[str], torch.Generator] = _no_stream
+    image_shape: tuple[int, int, int] = (3, 32, 32)
+    batch_size: int = 16
+    teacher: Teacher | None = None
+    buffer: Any = None
+    features: Callable[[Batch], Tensor] = _no_features
+    parts: dict[str, nn.Module] = field(default_factory=dict)
+    query: Query = "none"
+    sgd_rate: float = 0.0
+    planned_updates: int = 0
     kept_blocks: int = 0
 
     def embed(self, batch: Batch) -> tuple[Tensor, int]:
@@ -84,9 +126,55 @@ class Context:
         vit = cast("PromptedViT", self.backbone)
         return vit.readout(vit.finish(vit.run(batch.extra["tokens"], start=self.kept_blocks)))
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Parameters of what answers that the current task trains, by dotted name; to be asked after its start."""
+        named = ((f"{part}.{n}", p) for part, module in self.parts.items() for n, p in module.named_parameters())
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def evaluated(self, task: Task, rows: Tensor) -> Batch:
+        """Some training images of ``task`` under the evaluation transform, with their query where one is read.
+
+        Args:
+            task: whose images.
+            rows: (b,) int64 row numbers in ``task.train``.
+        """
+        chosen, device = task.train.select(rows), next(self.backbone.parameters()).device
+        labels, ids = chosen.labels.to(device), chosen.example_ids.to(device)
+        extra = {}
+        if self.query != "none":
+            extra["query"] = self.cache.features(task.task_id, "train", task.train)[rows.to(device)]
+        if self.query == "only":
+            images = torch.empty(len(rows), 0, device=device)
+        else:
+            images = self.cache.evaluate(chosen.images(slice(None)).to(device))
+        owner = torch.full_like(labels, task.task_id)
+        return Batch(images, labels, ids, owner, torch.zeros_like(labels, dtype=torch.bool), extra)
+
     def whole_network(self) -> ParameterGroup:
         """All parameters of backbone and head, for a strategy that trains everything."""
         return ParameterGroup([*self.backbone.parameters(), *self.head.parameters()])
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the learner.
+
+    Attributes:
+        batch: what went in.
+        features: (B, D).
+        logits: (B, S) over the seen classes, ascending.
+    """
+
+    batch: Batch
+    features: Tensor
+    logits: Tensor
+
+    def rows(self, start: int, stop: int) -> Pass:
+        """The rows from ``start`` to ``stop - 1``, itself where these are all."""
+        if start == 0 and stop == len(self.batch):
+            return self
+        wanted = torch.arange(start, stop, device=self.features.device)
+        return Pass(self.batch.select(wanted), self.features[start:stop], self.logits[start:stop])
 
 
 @dataclass
@@ -94,22 +182,56 @@ class Step:
     """What one training step computed, shared by all strategies.
 
     Attributes:
-        batch: the widened batch, images transformed.
-        features: (B, D).
-        logits: (B, S) over ``seen_classes``.
-        seen_classes: class ids of the columns, ascending.
+        host: labels, example ids and task ids of the current task's rows, on the host as the loader gave them.
+        passes: the forward passes with gradient so far; the first is that of the widened batch.
+        forward: makes another one, of a batch that :attr:`Context.prepare` gave, and appends it.
+        seen_classes: class ids of the columns of all logits, ascending.
+        candidates: classes of the base loss: the task's own, or all seen ones once replayed images may be among them.
         task: the task being trained.
         epoch: epoch inside the task, from 0.
         step_in_task: update inside the task, from 0.
+        global_step: updates of the whole run so far.
     """
 
-    batch: Batch
-    features: Tensor
-    logits: Tensor
+    host: Batch
+    passes: list[Pass]
+    forward: Callable[[Batch], Pass]
     seen_classes: list[int]
+    candidates: Sequence[int]
     task: Task
     epoch: int
     step_in_task: int
+    global_step: int
+
+    @property
+    def current(self) -> int:
+        """Rows of the current task in the widened batch; they stand first."""
+        return len(self.host)
+
+    def cross_entropy(self, over: Sequence[int] | None = None) -> Tensor:
+        """Cross-entropy of the widened batch over some of the seen classes: its mean, or as the column ``weight`` says.
+
+        Args:
+            over: candidates of the softmax; ``candidates`` by default.
+        """
+        weights = self.batch.extra.get("weight")
+        over = self.candidates if over is None else over
+        return cross_entropy(self.logits, self.batch.labels, self.seen_classes, over, weights)
+
+    @property
+    def batch(self) -> Batch:
+        """The widened batch, images transformed."""
+        return self.passes[0].batch
+
+    @property
+    def features(self) -> Tensor:
+        """Features (B, D) of the widened batch."""
+        return self.passes[0].features
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (B, S) of the widened batch over ``seen_classes``."""
+        return self.passes[0].logits
 
 
 @dataclass(frozen=True)
@@ -142,7 +264,8 @@ class Strategy(nn.Module):
     """A way to learn a stream. Subclasses override what they need and nothing else.
 
     All that is learnt lives in ``state_dict()``; per-task tensors stand in :class:`~cl_platform.slots.Slots`.
-    ``stability`` names the loss terms that protect what was learnt before (replay, distillation, a penalty).
+    ``stability`` names the loss terms that protect what was learnt before (replay, distillation, a penalty). ``draws``
+    is false for a closed form on a frozen trunk in which the run's seed changes nothing.
 
     Args:
         config: an instance of the class's ``Config``.
@@ -154,6 +277,7 @@ class Strategy(nn.Module):
     owns: ClassVar[frozenset[str]] = frozenset()
     query: ClassVar[Query] = "none"
     stability: ClassVar[frozenset[str]] = frozenset()
+    draws: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -196,10 +320,13 @@ class Strategy(nn.Module):
         return {}
 
     def after_backward(self, step: Step) -> None:
-        """Change gradients before the optimizer uses them."""
+        """Change gradients before the optimizer uses them: after un-scaling and accumulation, before clipping."""
 
     def after_update(self, step: Step) -> None:
-        """After an optimizer update: insert into buffers, update importances; no host-device synchronisation."""
+        """After an optimizer update: update importances; no host-device synchronisation."""
+
+    def after_batch(self, step: Step) -> None:
+        """After each batch, behind the update where the batch completed one: insert into the buffer."""
 
     def end_task(self, task: Task) -> None:
         """Consolidate after the last batch of ``task``; test data stay untouched."""

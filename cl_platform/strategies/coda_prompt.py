@@ -14,7 +14,6 @@ from cl_platform.backbones import BlockExtras, PromptedViT
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.errors import UserError
-from cl_platform.heads import cross_entropy
 from cl_platform.random_streams import stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
@@ -53,7 +52,7 @@ class CODAPrompt(Strategy):
     name = "coda_prompt"
     Config = CODAPromptConfig
     needs = Needs(prompts=True)
-    owns = frozenset({"features", "classification"})
+    owns = frozenset({"features", "classification", "trainable"})
     query = "beside"
     stability = frozenset({"ortho"})
 
@@ -158,7 +157,7 @@ class CODAPrompt(Strategy):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the task's own classes, and the orthogonality penalty if it has a weight."""
-        terms = {"ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes, step.task.classes)}
+        terms = {"ce": step.cross_entropy()}
         if self.config.mu > 0 and self.config.length:
             terms["ortho"] = self.config.mu * self.penalty()
         return terms

@@ -11,9 +11,9 @@ from cl_platform import registry
 from cl_platform.batch import Batch
 from cl_platform.config import typed
 from cl_platform.errors import UserError
-from cl_platform.heads import cross_entropy
 from cl_platform.strategies.base import ROLES, Component, Context, ParameterGroup, Query, Step, Strategy
 from cl_platform.strategies.phases import Phase, one_per_task
+from cl_platform.strategies.teacher import Teacher
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
@@ -32,6 +32,7 @@ class Composition(nn.Module):
             raise UserError("strategy", "[]", "at least one strategy is needed", "Write strategy=finetune")
         self.members = nn.ModuleDict({strategy.name: strategy for strategy in strategies})
         self._owners = {role: _owner(strategies, role) for role in ROLES}
+        self.teacher: Teacher | None = None
 
     @property
     def strategies(self) -> list[Strategy]:
@@ -44,7 +45,9 @@ class Composition(nn.Module):
         wishes = {s.query for s in self.strategies}
         if wishes == {"only"}:
             return "only"
-        return "none" if wishes == {"none"} else "beside"
+        if not wishes - {"none", "answers"}:
+            return "answers" if "answers" in wishes else "none"
+        return "beside"
 
     @property
     def needs_gradient(self) -> bool:
@@ -59,8 +62,25 @@ class Composition(nn.Module):
     def attach(self, context: Context) -> None:
         """Hand the learner's parts to every member."""
         self.context = context
+        context.features, context.query = self.features, self.query
+        context.parts = {"backbone": context.backbone, "head": context.head}
+        owner = self.owner("features")
+        if owner is not None:
+            context.parts["features"] = owner
+        if any(strategy.needs.teacher for strategy in self.strategies):
+            context.teacher = self.teacher = Teacher(context, self.owner("features"))
         for strategy in self.strategies:
             strategy.attach(context)
+        for strategy in self.strategies:
+            if strategy.needs.buffer and self.owner("buffer") is None:
+                raise UserError(
+                    "strategy", f"[{','.join(self.members)}]", f"{strategy.name} needs a replay buffer",
+                    f"Put a replay strategy before it, such as strategy=[er,{strategy.name}]",
+                )  # fmt: skip
+
+    def candidates(self, task: Task, seen: Sequence[int]) -> Sequence[int]:
+        """Classes of the base loss: the task's own, or all seen ones where replayed images may be in a batch."""
+        return task.classes if self.owner("buffer") is None else seen
 
     def arrange(self, tasks: Sequence[Task]) -> list[Phase]:
         """The training phases, one per task unless a member arranges them otherwise."""
@@ -73,9 +93,9 @@ class Composition(nn.Module):
             strategy.begin_task(task)
 
     def trainable(self) -> list[ParameterGroup]:
-        """All parameter groups; without an owner of the classification, the whole network is trained."""
+        """All parameter groups; where nobody owns what is trained, the whole network is."""
         groups = [group for strategy in self.strategies for group in strategy.trainable()]
-        if self.owner("classification") is None:
+        if self.owner("trainable") is None:
             groups.insert(0, self.context.whole_network())
         seen: set[int] = set()
         for group in groups:
@@ -105,7 +125,7 @@ class Composition(nn.Module):
         """All terms by ``<strategy>/<term>``; plain cross-entropy over the seen classes where nobody owns it."""
         terms: dict[str, Tensor] = {}
         if self.owner("classification") is None:
-            terms["learner/ce"] = cross_entropy(step.logits, step.batch.labels, step.seen_classes)
+            terms["learner/ce"] = step.cross_entropy(step.seen_classes)
         for strategy in self.strategies:
             terms.update({f"{strategy.name}/{term}": value for term, value in strategy.losses(step).items()})
         return terms
@@ -125,10 +145,17 @@ class Composition(nn.Module):
         for strategy in self.strategies:
             strategy.after_update(step)
 
+    def after_batch(self, step: Step) -> None:
+        """Work after each batch."""
+        for strategy in self.strategies:
+            strategy.after_batch(step)
+
     def end_task(self, task: Task) -> None:
-        """Every member's end-of-task work."""
+        """Every member's end-of-task work, then the copy that teaches the next task."""
         for strategy in self.strategies:
             strategy.end_task(task)
+        if self.teacher is not None:
+            self.teacher.take(task.task_id)
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits (B, S) over the seen classes, by the owner of the prediction, else head after features."""
@@ -143,6 +170,8 @@ class Composition(nn.Module):
 
     def components(self) -> Iterator[Component]:
         """Owner records of all members, names prefixed by the strategy's."""
+        if self.teacher is not None:
+            yield from self.teacher.components()
         for strategy in self.strategies:
             for c in strategy.components():
                 yield Component(f"{strategy.name}.{c.name}", c.tasks, c.kind, c.tensors)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from cl_platform.backbones import BlockExtras, PromptedViT
 from cl_platform.batch import Batch
 from cl_platform.config import setting
-from cl_platform.heads import cross_entropy
 from cl_platform.random_streams import RUN_LEVEL, stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
@@ -51,7 +50,7 @@ class DualPrompt(Strategy):
     name = "dual_prompt"
     Config = DualPromptConfig
     needs = Needs(prompts=True)
-    owns = frozenset({"features", "classification"})
+    owns = frozenset({"features", "classification", "trainable"})
     query = "beside"
 
     def __init__(self, config: DualPromptConfig) -> None:
@@ -140,7 +139,7 @@ class DualPrompt(Strategy):
         with torch.autocast(device_type=query.device.type, enabled=False):
             similarity = F.cosine_similarity(query.float(), key.float(), dim=1)  # (B,)
         return {
-            "ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes, step.task.classes),
+            "ce": step.cross_entropy(),
             "pull": -self.config.pull * similarity.mean(),
         }
 

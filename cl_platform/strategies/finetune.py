@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cl_platform.config import setting
-from cl_platform.heads import cross_entropy
 from cl_platform.registry import strategies
 from cl_platform.strategies.base import Context, ParameterGroup, Step, Strategy
 
@@ -31,7 +30,7 @@ class Finetune(Strategy):
 
     name = "finetune"
     Config = FinetuneConfig
-    owns = frozenset({"classification"})
+    owns = frozenset({"classification", "trainable"})
 
     def attach(self, context: Context) -> None:
         """Find the parameters to train.
@@ -50,5 +49,4 @@ class Finetune(Strategy):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the chosen classes."""
-        over = step.task.classes if self.config.loss == "task" else None
-        return {"ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes, over)}
+        return {"ce": step.cross_entropy(step.candidates if self.config.loss == "task" else step.seen_classes)}

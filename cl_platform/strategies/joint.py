@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cl_platform.config import setting
-from cl_platform.heads import cross_entropy
 from cl_platform.registry import strategies
 from cl_platform.strategies.base import Component, Needs, ParameterGroup, Step, Strategy
 from cl_platform.strategies.phases import Phase, all_at_once, growing_union
@@ -39,7 +38,7 @@ class Joint(Strategy):
     name = "joint"
     Config = JointConfig
     needs = Needs(boundaries=False)
-    owns = frozenset({"classification", "arrangement"})
+    owns = frozenset({"classification", "trainable", "arrangement"})
 
     def arrange(self, tasks: Sequence[Task]) -> list[Phase]:
         """One phase on the union, or one per growing union."""
@@ -51,7 +50,7 @@ class Joint(Strategy):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over all classes of the union."""
-        return {"ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes)}
+        return {"ce": step.cross_entropy(step.seen_classes)}
 
     def components(self) -> Iterator[Component]:
         """Joint training keeps nothing per task."""

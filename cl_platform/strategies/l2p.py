@@ -13,7 +13,6 @@ from cl_platform.backbones import BlockExtras, PromptedViT
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.errors import UserError
-from cl_platform.heads import cross_entropy
 from cl_platform.random_streams import RUN_LEVEL, stream
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
@@ -55,7 +54,7 @@ class L2P(Strategy):
     name = "l2p"
     Config = L2PConfig
     needs = Needs(prompts=True, boundaries=False)
-    owns = frozenset({"features", "classification"})
+    owns = frozenset({"features", "classification", "trainable"})
     query = "beside"
 
     def __init__(self, config: L2PConfig) -> None:
@@ -138,18 +137,19 @@ class L2P(Strategy):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the task's own classes, and the pull of picked keys towards the queries."""
-        terms = {"ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes, step.task.classes)}
+        terms = {"ce": step.cross_entropy()}
         if self.pool:
             similarity = cosines(step.batch.extra["query"], self.pool["key"])  # (B, M)
-            picked = similarity.gather(1, self.select(step.batch)).sum(dim=1)
+            self._picked = self.select(step.batch)
+            picked = similarity.gather(1, self._picked).sum(dim=1)
             terms["pull"] = -self.config.pull * picked.mean()
         return terms
 
-    def after_backward(self, step: Step) -> None:
-        """Count which prompts the task's images picked, before the update moves the keys."""
+    def after_batch(self, step: Step) -> None:
+        """Count which prompts the task's images picked before the update moved the keys."""
         if self.pool:
             count = self.usage.get(step.task.task_id, "count")
-            count += votes(self.select(step.batch), ~step.batch.is_replay, self.config.pool_size)
+            count += votes(self._picked, ~step.batch.is_replay, self.config.pool_size)
 
     def components(self) -> Iterator[Component]:
         """The pool belongs to every task it was trained on; a task's counts also to those that had moved the keys."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cl_platform.batch import Batch
 from cl_platform.config import setting
-from cl_platform.heads import cross_entropy
 from cl_platform.registry import strategies
 from cl_platform.strategies.base import ParameterGroup, Step, Strategy
 from cl_platform.strategies.joint import arrange_by
@@ -37,7 +36,7 @@ class LinearProbe(Strategy):
 
     name = "linear_probe"
     Config = LinearProbeConfig
-    owns = frozenset({"features", "classification", "arrangement"})
+    owns = frozenset({"features", "classification", "trainable", "arrangement"})
     query = "only"
 
     def arrange(self, tasks: Sequence[Task]) -> list[Phase] | None:
@@ -59,5 +58,4 @@ class LinearProbe(Strategy):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Cross-entropy over the chosen classes."""
-        over = step.task.classes if self.config.loss == "task" else None
-        return {"ce": cross_entropy(step.logits, step.batch.labels, step.seen_classes, over)}
+        return {"ce": step.cross_entropy(step.candidates if self.config.loss == "task" else step.seen_classes)}

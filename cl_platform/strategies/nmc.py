@@ -3,7 +3,6 @@ Pretrained-Models in Continual Learning")."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,13 @@ from torch.nn import functional as F
 
 from cl_platform.batch import Batch
 from cl_platform.config import setting
-from cl_platform.errors import UserError
 from cl_platform.registry import strategies
 from cl_platform.slots import Slots
 from cl_platform.strategies.base import Needs, Strategy
+from cl_platform.strategies.statistics import class_sums, counted, grid_scale, on_grid, pooled
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
-
-GRID_BITS = 18
-"""Feature values are kept as integers of at most 2^18, so that sums in float64 are exact in any order."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +42,15 @@ class NMC(Strategy):
     name = "nmc"
     Config = NMCConfig
     needs = Needs(gradient=False, boundaries=False)
-    owns = frozenset({"features", "classification", "prediction"})
+    owns = frozenset({"features", "classification", "trainable", "prediction"})
     query = "only"
+    draws = False
 
     def __init__(self, config: NMCConfig) -> None:
         super().__init__(config)
         self.stats = Slots(buffers=("sum", "count", "classes"))
         self.bound = config.bound or (1.0 if config.mean == "normalised" else 64.0)
-        self.scale = 2.0 ** (GRID_BITS - math.ceil(math.log2(self.bound)))
+        self.scale = grid_scale(self.bound)
 
     def end_task(self, task: Task) -> None:
         """Add up the task's training features per class."""
@@ -65,30 +62,17 @@ class NMC(Strategy):
         features = features.double()  # in float32 a normalised value could round to just above 1
         if self.config.mean == "normalised":
             features = F.normalize(features, dim=1)
-        largest = float(features.abs().max()) if len(features) else 0.0
-        if not largest <= self.bound:  # a NaN is refused as well
-            beyond = f"a feature value of {largest:.4g} lies beyond it"
-            raise UserError("strategy.nmc.bound", self.bound, beyond, "Raise it")
-        grid = (features * self.scale).round()  # integers in float64
-        order = sorted(classes)
-        index = torch.searchsorted(torch.tensor(order, device=labels.device), labels)
-        total = torch.zeros(len(order), features.shape[1], dtype=torch.float64, device=features.device)
-        total.index_add_(0, index, grid)
-        count = torch.bincount(index, minlength=len(order))
-        return {"sum": total, "count": count, "classes": torch.tensor(order, device=features.device)}
+        return class_sums(on_grid(features, self.bound, "strategy.nmc.bound"), labels, classes)
 
     def seen_classes(self) -> list[int]:
         """Classes with at least one training image, ascending."""
-        return self._means()[0]
+        return counted(self.stats)
 
     def _means(self) -> tuple[list[int], Tensor]:
         if not self.stats.task_ids:
             return [], torch.zeros(0, self.context.backbone.feature_dim, dtype=torch.float64)
-        labels, sums, counts = (torch.cat(self.stats.all(name)) for name in ("classes", "sum", "count"))
-        classes, place = labels[counts > 0].unique(return_inverse=True)  # ascending
-        total = sums.new_zeros(len(classes), sums.shape[1]).index_add_(0, place, sums[counts > 0])  # exact: integers
-        count = counts.new_zeros(len(classes)).index_add_(0, place, counts[counts > 0])
-        return classes.tolist(), total / (count[:, None] * self.scale)  # (S, D) float64
+        classes, total, count = pooled(self.stats.all("classes"), self.stats.all("sum"), self.stats.all("count"))
+        return classes, total / (count[:, None] * self.scale)  # (S, D) float64
 
     def forward(self, batch: Batch) -> Tensor:
         """The frozen trunk's features (B, D)."""

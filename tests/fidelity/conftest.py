@@ -258,3 +258,21 @@ PROMPT_PROMISES = (
 def prompt_promise(request):
     """Each promise in turn; call it with ``learner_of, name, keys, off``."""
     return request.param
+
+
+# -- what every strategy with adapters or parts of its own promises; none of them has keys that switch it off --------
+
+ADAPTER_PROMISES = (
+    an_answer_depends_on_nothing_but_the_image,
+    the_trunk_stays_as_it_was,
+    what_earlier_tasks_own_stays_bit_identical,
+    a_state_dict_restores_the_answers_and_every_tensor_has_an_owner,
+    training_in_bfloat16_stays_finite,
+    nothing_is_drawn_from_the_global_generator,
+)
+
+
+@pytest.fixture(params=ADAPTER_PROMISES, ids=lambda promise: promise.__name__)
+def adapter_promise(request):
+    """Each promise in turn; call it with ``learner_of, name, keys, None``."""
+    return request.param

@@ -147,7 +147,8 @@ def test_the_pull_lies_between_minus_and_plus_lambda_k(bench_of):
     query = bench.strategy.pool["key"][:1].detach().expand(8, -1) * torch.arange(1, 9)[:, None]
     with torch.no_grad():
         bench.strategy.pool["key"][5] = 3 * bench.strategy.pool["key"][0]
-    aligned = replace(step, batch=step.batch.with_extra(query=query))
+    first = replace(step.passes[0], batch=step.batch.with_extra(query=query))
+    aligned = replace(step, passes=[first])
     assert bench.strategy.losses(aligned)["pull"].item() == pytest.approx(-2, abs=1e-6)
 
 

@@ -1,0 +1,135 @@
+"""What replay strategies share: a buffer, draws from it, and the moment at which examples are offered to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cl_platform.batch import Batch
+from cl_platform.config import setting
+from cl_platform.errors import UserError
+from cl_platform.memory.buffer import ReplayBuffer
+from cl_platform.memory.build import BufferConfig, build_buffer
+from cl_platform.strategies.base import Component, Context, Step, Strategy
+
+if TYPE_CHECKING:
+    from cl_platform.scenarios import Task
+
+INSERTS = ("first_epoch", "every_epoch")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Keys that every replay strategy has."""
+
+    batch_size: int | None = setting(None, doc="replayed images of a draw; null: as many as trainer.batch_size", min=0)
+    insert: str = setting("first_epoch", doc="offer an example once, or in every epoch", choices=INSERTS)
+    sampler: str = setting("uniform", doc="how rows are drawn", choices=("uniform", "task_weighted", "class_balanced"))
+    exclude_current: bool = setting(False, doc="never draw examples of the task being trained")
+    buffer: BufferConfig = setting(factory=BufferConfig, doc="the replay buffer")
+
+
+class Replay(Strategy):
+    """A strategy that remembers examples.
+
+    The order inside a step: draw, forward, loss, backward, update, offer the current batch. So a batch is never
+    replayed in its own step, and what is stored beside an example is what the forward pass before the update gave.
+    """
+
+    owns = frozenset({"buffer"})
+    stores_logits: ClassVar[bool] = False
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.arrival: Tensor
+        self.register_buffer("arrival", torch.zeros(0, dtype=torch.int64))  # class ids in the order of their columns
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}arrival" in state_dict:
+            self.arrival = torch.zeros_like(state_dict[f"{prefix}arrival"], device=self.arrival.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def attach(self, context: Context) -> None:
+        """Make room for the buffer.
+
+        Raises:
+            UserError: a buffer that cannot hold an example of every class.
+        """
+        super().attach(context)
+        columns = context.num_classes if self.stores_logits else None
+        self.buffer: ReplayBuffer = build_buffer(
+            self.config.buffer, context.seed, context.image_shape, columns, context.num_tasks
+        )
+        context.buffer = self.buffer
+        if self.buffer.capacity < context.num_classes:
+            raise UserError(
+                f"strategy.{self.name}.buffer.size", self.buffer.capacity,
+                f"the stream has {context.num_classes} classes, and a buffer must hold an example of each",
+                "Raise it",
+            )  # fmt: skip
+
+    def begin_task(self, task: Task) -> None:
+        """Note which task is being trained, and which classes have a column from here on."""
+        self._task_id = task.task_id
+        known = set(self.arrival.tolist())
+        new = [c for c in self.context.head.classes if c not in known]
+        self.arrival = torch.cat((self.arrival, torch.tensor(new, dtype=torch.int64, device=self.arrival.device)))
+
+    def draw(self, count: int | None = None) -> Batch | None:
+        """Replayed images, augmented anew, with the column ``stored`` (b, S) where logits are kept.
+
+        Logits stand in the ascending order of all classes seen by now, and ``known`` (b, S) says which of them were.
+
+        Args:
+            count: rows; ``batch_size`` by default.
+
+        Returns:
+            ``None`` while there is nothing to draw from: no term then, and no forward pass.
+        """
+        wanted = self.config.batch_size if count is None else count
+        wanted = self.context.batch_size if wanted is None else wanted
+        if wanted == 0 or len(self.buffer) == 0:
+            return None
+        exclude = self._task_id if self.config.exclude_current else None
+        rows = self.buffer.sample(wanted, self.context.step_stream("buffer.sample"), exclude, self.config.sampler)
+        if rows is None:
+            return None
+        batch = self.context.prepare(rows.images, rows.labels, rows.example_ids, rows.task_ids)
+        if rows.logits is None or rows.num_columns is None:
+            return batch
+        order = self.arrival.argsort()  # ascending class id -> column in the order of arrival
+        known = torch.arange(len(order), device=order.device) < rows.num_columns.to(order.device)[:, None]
+        stored = rows.logits[:, : len(order)].to(order.device)
+        return batch.with_extra(stored=stored[:, order], known=known[:, order])
+
+    def after_batch(self, step: Step) -> None:
+        """Offer the current batch."""
+        if self.config.insert == "first_epoch" and step.epoch > 0:
+            return
+        raw, host = step.batch.extra["raw"][: step.current], step.host
+        logits = None
+        if self.stores_logits:
+            arrived = torch.searchsorted(self.arrival.sort().values, self.arrival)  # column of each class, ascending
+            logits = step.logits[: step.current].detach().float()[:, arrived]  # (B, S) in the order of arrival
+        self.buffer.insert(raw, host.labels, host.task_ids, host.example_ids, step.global_step, logits)
+
+    def components(self) -> Iterator[Component]:
+        """The buffer belongs to every task that offered examples to it."""
+        yield from super().components()
+        tensors = {f"buffer.{name}": tensor for name, tensor in self.buffer.state_dict().items()}
+        yield Component("buffer", tuple(sorted(self.buffer.offered() | self.buffer.owners())), "buffer", tensors)
+        yield Component("arrival", tuple(self.context.head.blocks.task_ids), "bookkeeping", {"arrival": self.arrival})
+
+    def drop_task(self, task_id: int) -> None:
+        """Remove the task's rows."""
+        super().drop_task(task_id)
+        self.buffer.drop_task(task_id)
+
+    def inspect(self) -> dict[str, Any]:
+        """How full the buffer is, and with what."""
+        return {"buffer": {"filled": len(self.buffer), "unique": self.buffer.unique, "bytes": self.buffer.bytes}}
