@@ -52,7 +52,7 @@ class Diagnostics:
         tasks = self._stream.tasks[: position + 1]
         answers = [a.tolist() for a in counts.answers[: position + 1]]
         labels = [task.test.labels.tolist() for task in tasks]
-        classes = sorted({c for task in tasks for c in task.classes})
+        classes = sorted({c for known in self._answerable(position) for c in known})
         flat = confusion([*chain(*answers)], [*chain(*labels)], classes)
         names = [self._stream.class_names[c] for c in classes]
         record = {"position": position, "task_id": tasks[-1].task_id, "classes": classes, "class_names": names}
@@ -99,10 +99,15 @@ class Diagnostics:
         if not self._after:
             return None
         latest = self._after[-1]
-        tasks = [task.classes for task in self._stream.tasks[: latest["position"] + 1]]
+        tasks = self._answerable(latest["position"])
         if len({c for classes in tasks for c in classes}) < sum(map(len, tasks)):
             return None
         return task_confusion(latest["counts"], tasks)
+
+    def _answerable(self, position: int) -> list[tuple[int, ...]]:
+        """Classes, by task, that may be answered after the task at ``position``: declared ones from the start."""
+        tasks = self._stream.tasks if self._stream.hidden else self._stream.tasks[: position + 1]
+        return [task.classes for task in tasks]
 
     def _entry(self, key: str, outcome: Outcome) -> dict[str, Any]:
         definition = _DEFINITIONS[key]

@@ -54,6 +54,12 @@ def task_flops(learner: ContinualLearner) -> dict[str, Any]:
     return record
 
 
+def trained_share(learner: ContinualLearner) -> str:
+    """What the task that has begun trains, in words: numbers, and their share of all."""
+    total, trained = numbers_in(list(learner.parameters())), learner.trainable_parameters()
+    return f"trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)"
+
+
 def task_sizes(learner: ContinualLearner) -> dict[str, Any]:
     """Sizes after a task, JSON-ready: ``params_total``, ``params_trainable`` and ``buffer_bytes``."""
     counts = parameter_counts(learner)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 LONG = 20
 """Elements of a list that a message shows."""
@@ -49,6 +51,18 @@ class UserError(Exception):
         given = self.key if self.value == "" else f"{self.key}={as_typed(self.value)}"
         line = f"{given}: {self.allowed}. {self.what_to_do}."
         return " ".join(line.split())
+
+
+@contextmanager
+def keys_below(prefix: str, group: str) -> Iterator[None]:
+    """Give refusals about keys of ``group`` the place at which it stands: ``buffer.size`` to ``PREFIX.buffer.size``."""
+    try:
+        yield
+    except UserError as error:
+        if not error.key.startswith(f"{group}."):
+            raise
+        todo = re.sub(rf"(?<![\w.]){re.escape(group)}\.", f"{prefix}.{group}.", error.what_to_do)
+        raise UserError(f"{prefix}.{error.key}", error.value, error.allowed, todo, error.exit_code) from error
 
 
 def unknown_name(key: str, value: str, known: Iterable[str]) -> UserError:

@@ -18,15 +18,23 @@ BACKWARD_FROZEN, BACKWARD_TRAINED = 1.0, 2.0
 
 
 def estimate_seconds(
-    learner: ContinualLearner, phases: Sequence[Phase], stream: Stream, epochs: int, batch_size: int
+    learner: ContinualLearner, phases: Sequence[Phase], stream: Stream, epochs: int, batch_size: int, images: int
 ) -> float:
-    """Seconds of training and evaluation ahead; rough, and free of side effects on the learner."""
+    """Seconds of training and evaluation ahead; rough, and free of side effects on the learner.
+
+    Args:
+        learner: before the first of ``phases``.
+        phases: those ahead.
+        stream: the scenario's tasks.
+        epochs: of each phase.
+        batch_size: images of a training batch.
+        images: that one epoch of each phase passes over, remembered ones included.
+    """
     forward = seconds_per_image(learner, batch_size)
     query = learner.composition.query
     step = 1 + (BACKWARD_TRAINED if query == "none" else BACKWARD_FROZEN)
     if query == "beside" and not learner.transforms.deterministic:
         step += 1
-    images = sum(len(phase.task.train) for phase in phases)
     once = 0 if query == "none" else images + sum(len(task.test) for task in stream.tasks)
     if query == "only":
         return forward * once

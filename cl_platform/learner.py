@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
+from cl_platform.answering import Answering
 from cl_platform.backbones import Backbone
-from cl_platform.backbones.feature_cache import READ_BATCH, FeatureCache
+from cl_platform.backbones.feature_cache import FeatureCache
 from cl_platform.batch import Batch
 from cl_platform.errors import UserError
+from cl_platform.finetuning import Finetuning, FollowsUpdates, run_finetuning
 from cl_platform.heads import Head
 from cl_platform.optimizers import OptimizerConfig, build_optimizer, schedule_factor
 from cl_platform.random_streams import stream, stream_seed
-from cl_platform.scenarios import ImageSet, Stream, Task, Transforms
+from cl_platform.scenarios import Stream, Task, Transforms
 from cl_platform.strategies.base import Context, ParameterGroup, Pass, Step
 from cl_platform.strategies.composition import Composition
 
@@ -42,7 +43,7 @@ class LearnerOptions:
     log_every: int = 10
 
 
-class ContinualLearner(L.LightningModule):
+class ContinualLearner(Answering):
     """Learns the tasks of a stream one after the other.
 
     Args:
@@ -79,9 +80,13 @@ class ContinualLearner(L.LightningModule):
             num_tasks=len(stream.tasks),
             num_classes=stream.num_classes,
             setting=stream.setting,
+            online=stream.online,
+            boundaries=not stream.hidden,
             autocast=self.precision_context,
             prepare=self._replayed,
             step_stream=self._step_stream,
+            optimizer=self._optimizer,
+            run_finetuning=self._run_finetuning,
             image_shape=(3, *stream.image_shape[1:]),
             batch_size=options.batch_size,
             sgd_rate=optimizer.rate(options.batch_size) if optimizer.name == "sgd" else 0.0,
@@ -96,6 +101,8 @@ class ContinualLearner(L.LightningModule):
         self.step_in_task = 0
         self.forwards_train = 0  # image forwards, those of the query included
         self.images_forwarded = 0  # rows of training batches, replayed ones included
+        self.further_updates = 0  # those outside Lightning's loop
+        self.timed: Callable[[], AbstractContextManager[Any]] = nullcontext  # a stopwatch around them
         self._first_epoch = 0
         self._batch_idx = 0
         self._draws: dict[str, int] = {}
@@ -103,11 +110,6 @@ class ContinualLearner(L.LightningModule):
         self._last_step: Step | None = None
         self._all_finite = torch.ones((), dtype=torch.bool)
         self._train_query: Tensor | None = None
-
-    def precision_context(self) -> AbstractContextManager[Any]:
-        """The run's autocast region, or none outside a trainer."""
-        trainer = self._trainer
-        return trainer.precision_plugin.forward_context() if trainer is not None else nullcontext()
 
     # -- a task's life ----------------------------------------------------------------------------------------------
 
@@ -120,9 +122,10 @@ class ContinualLearner(L.LightningModule):
             first_epoch: epochs that the run has behind it.
         """
         self.task, self.epochs, self._first_epoch, self.step_in_task = task, epochs, first_epoch, 0
+        self.context.epochs, self.context.batches = epochs, 0
         self.head.begin_task(task.task_id, task.classes)
         self.composition.begin_task(task)
-        self.groups = [] if not self.composition.needs_gradient else self.composition.trainable()
+        self.groups = self.composition.trainable()
         trained = {id(p) for group in self.groups for p in group.parameters}
         if any(id(p) in trained for p in self.backbone.parameters()):
             self.backbone.unfreeze()
@@ -166,7 +169,7 @@ class ContinualLearner(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """A new optimizer and schedule over what the current task trains."""
         optimizer = build_optimizer(self.optimizer_config, self.groups, self.options.batch_size)
-        factor = schedule_factor(self.optimizer_config.schedule, self.epochs)
+        factor = schedule_factor(self.optimizer_config, self.epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 
@@ -181,6 +184,7 @@ class ContinualLearner(L.LightningModule):
         assert self.task is not None
         seed = stream_seed(self.options.seed, self.task.task_id, "dropout", self.epoch_in_task)
         torch.manual_seed(seed)
+        self.context.batches = int(self.trainer.num_training_batches)
 
     @property
     def epoch_in_task(self) -> int:
@@ -212,7 +216,7 @@ class ContinualLearner(L.LightningModule):
             task=self.task,
             epoch=self.epoch_in_task,
             step_in_task=self.step_in_task,
-            global_step=self.global_step,
+            global_step=self.steps,
         )
         self._last_step = step
         self.terms = terms = self.composition.losses(step)
@@ -241,14 +245,24 @@ class ContinualLearner(L.LightningModule):
         number = self._draws[purpose] = self._draws.get(purpose, -1) + 1
         return stream(self.options.seed, self.task.task_id, purpose, self.epoch_in_task, self._batch_idx, number)
 
-    def _replayed(self, images: Tensor, labels: Tensor, example_ids: Tensor, task_ids: Tensor) -> Batch:
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        return next(iter(getattr(self._trainer, "optimizers", ())), None)
+
+    def _replayed(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        example_ids: Tensor,
+        task_ids: Tensor,
+        draws: torch.Generator | None = None,
+    ) -> Batch:
         """A batch of replayed images: a fresh draw of the current task's augmentation, from a stream of its own."""
         assert self.task is not None
         raw = images.to(self.device, non_blocking=True)
         labels, example_ids, task_ids = (
             column.to(self.device, torch.int64, non_blocking=True) for column in (labels, example_ids, task_ids)
         )
-        ready = self.transforms.train(raw, self._step_stream("replay.augment"))
+        ready = self.transforms.train(raw, self._step_stream("replay.augment") if draws is None else draws)
         self.forwards_train += len(raw)
         extra = {"raw": raw, "row": torch.full_like(labels, -1)}
         if self.composition.query in ("beside", "only"):
@@ -259,7 +273,7 @@ class ContinualLearner(L.LightningModule):
 
     def _log_losses(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         self._all_finite = self._all_finite.to(loss.device) & torch.isfinite(loss.detach())
-        if self.global_step % self.options.log_every:
+        if self.steps % self.options.log_every:
             return
         self._refuse_infinite()
         if not self.trainer.loggers:
@@ -267,7 +281,7 @@ class ContinualLearner(L.LightningModule):
         values = {"train/loss": loss, **{f"train/loss_{name}": value for name, value in terms.items()}}
         numbers = {name: float(value.detach()) for name, value in values.items()}
         for logger in self.trainer.loggers:
-            logger.log_metrics(numbers, step=self.global_step)
+            logger.log_metrics(numbers, step=self.steps)
 
     def _refuse_infinite(self) -> None:
         if not bool(self._all_finite):
@@ -275,9 +289,39 @@ class ContinualLearner(L.LightningModule):
             raise UserError(
                 "optimizer.lr",
                 self.optimizer_config.lr,
-                f"the loss stopped being finite by step {self.global_step}, in task {self.task.task_id}",
+                f"the loss stopped being finite by step {self.steps}, in task {self.task.task_id}",
                 "Lower it; resume=auto goes on after the last good task",
             )
+
+    # -- updates outside Lightning's loop ---------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates of the run so far, those outside Lightning's loop included: the axis of all records."""
+        return self.global_step + self.further_updates
+
+    def _run_finetuning(self, plan: Finetuning) -> None:
+        trainer = self._trainer
+
+        def forward(batch: Batch) -> Pass:
+            features = self.composition.features(batch)
+            self.images_forwarded += len(batch)
+            return Pass(batch, features, self.head(features))
+
+        def after_update(loss: Tensor) -> None:
+            self.further_updates += 1
+            if trainer is None:
+                return
+            if self.steps % self.options.log_every == 0:
+                for logger in trainer.loggers:
+                    logger.log_metrics({f"train/loss_{plan.purpose}": float(loss)}, step=self.steps)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, FollowsUpdates):
+                    callback.after_update(self, self.steps)
+
+        scaled = trainer is not None and getattr(trainer.precision_plugin, "scaler", None) is not None
+        with self.timed():
+            run_finetuning(self, plan, forward, after_update, self.precision_context, scaled, self.backbone.compiled)
 
     def on_after_backward(self) -> None:
         """The graph of the step's losses is gone."""
@@ -299,100 +343,6 @@ class ContinualLearner(L.LightningModule):
         assert self._last_step is not None
         self.composition.after_update(self._last_step)
         self.step_in_task += 1
-
-    # -- answers ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Evaluation mode without gradients, uncompiled; every module's own mode is put back afterwards.
-
-        Compiled code would be compiled once more for the other batch size, and training would go on with that.
-        """
-        modes = [(module, module.training) for module in self.modules()]
-        eager = torch.compiler.set_stance("force_eager") if self.backbone.compiled else nullcontext()
-        self.eval()
-        try:
-            with torch.no_grad(), eager:
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-    def logits_of(self, task_id: int, split: str, image_set: ImageSet, rows: Tensor) -> Tensor:
-        """Logits (b, S) over :meth:`seen_classes` for some rows of an image set; call inside :meth:`answering`.
-
-        The id names the cache entry of the images only; what answers never sees it.
-        """
-        extra = {}
-        if self.composition.query != "none":
-            extra["query"] = self.cache.features(task_id, split, image_set)[rows.to(self.device)]
-        if self.composition.query == "only":
-            images = torch.empty(len(rows), 0, device=self.device)
-        else:
-            images = self.transforms.evaluate(image_set.images(rows).to(self.device))
-        return self.answer(images, extra)
-
-    def kept_columns(self, task_id: int, split: str, image_set: ImageSet) -> dict[str, Tensor]:
-        """What of an image set's answers need not be computed again, by name, a row an image.
-
-        ``query``: the frozen trunk's features (n, D), where the strategies read them. ``tokens``: activations (n, N, D)
-        behind the leading blocks that nothing changes in this task, where there are such blocks and the bound on kept
-        bytes leaves room.
-        """
-        columns, names = {}, self.kept_names()
-        if "query" in names:
-            columns["query"] = self.cache.features(task_id, split, image_set)
-        if "tokens" in names:
-            tokens = self.cache.tokens(self.context.kept_blocks, task_id, split, image_set)
-            if tokens is not None:
-                columns["tokens"] = tokens
-        return columns
-
-    def logits_of_images(self, images: Tensor) -> Tensor:
-        """Logits (b, S) for new uint8 images (b, 3, H, W)."""
-        with self.answering():
-            ready = self.transforms.evaluate(images.to(self.device))
-            extra = {}
-            if self.composition.query != "none":
-                with self.precision_context():
-                    extra["query"] = self.backbone(ready).float()
-            return self.answer(ready, extra)
-
-    def kept_names(self) -> set[str]:
-        """Names of :meth:`kept_columns` where the bound on kept bytes leaves room for all."""
-        query, blocks = self.composition.query, self.context.kept_blocks
-        return {name for name, there in (("query", query != "none"), ("tokens", query != "only" and blocks)) if there}
-
-    def features_of(self, image_set: ImageSet) -> Tensor:
-        """Features (n, D) before the head as the learner computes them now, under the evaluation transform."""
-        parts = []
-        with self.answering():
-            for start in range(0, len(image_set), READ_BATCH):
-                rows = torch.arange(start, min(start + READ_BATCH, len(image_set)))
-                ready = self.transforms.evaluate(image_set.images(rows).to(self.device))
-                with self.precision_context():
-                    extra = {} if self.composition.query == "none" else {"query": self.backbone(ready).float()}
-                    parts.append(self.composition.features(self._unlabelled(ready, extra)).float())
-        return torch.cat(parts)
-
-    def answer(self, images: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        """Logits (b, S) for transformed images (b, 3, S, S); call inside :meth:`answering`.
-
-        Args:
-            images: of no size (b, 0) where ``extra`` stands for them.
-            extra: columns of :meth:`kept_columns` for the same rows.
-        """
-        with self.precision_context():
-            return self.composition.predict(self._unlabelled(images, extra)).float()
-
-    @staticmethod
-    def _unlabelled(images: Tensor, extra: dict[str, Tensor]) -> Batch:
-        nothing = torch.full((len(images),), -1, dtype=torch.int64, device=images.device)
-        return Batch(images, nothing, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool), extra)
-
-    def seen_classes(self) -> list[int]:
-        """Class ids of the columns of the logits, ascending."""
-        return self.composition.seen_classes()
 
     # -- state ------------------------------------------------------------------------------------------------------
 

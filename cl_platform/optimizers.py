@@ -14,7 +14,7 @@ from cl_platform.config import setting
 if TYPE_CHECKING:
     from cl_platform.strategies.base import ParameterGroup
 
-SCHEDULES = ("constant", "cosine", "cosine_lagged")
+SCHEDULES = ("constant", "cosine", "cosine_lagged", "steps")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class OptimizerConfig:
     momentum: float = setting(0.9, doc="momentum of sgd", min=0, max=1)
     nesterov: bool = setting(False, doc="Nesterov momentum of sgd")
     schedule: str = setting("constant", doc="course of the rate over a task's epochs", choices=SCHEDULES)
+    milestones: list[int] = setting(factory=list, doc="schedule=steps: epochs of a task at which the rate falls")
+    gamma: float = setting(0.1, doc="schedule=steps: factor of the rate at each of them", above=0)
 
     def rate(self, batch_size: int) -> float:
         """Learning rate of the first update."""
@@ -56,13 +58,16 @@ def build_optimizer(
     return rule(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8)
 
 
-def schedule_factor(name: str, epochs: int) -> Callable[[int], float]:
+def schedule_factor(config: OptimizerConfig, epochs: int) -> Callable[[int], float]:
     """Factor of the learning rate in epoch 0..epochs-1.
 
     ``cosine`` falls to 0 after the last epoch. ``cosine_lagged`` is the rule of CODA-Prompt's released code: one
     epoch late and stretched, so that the first two epochs run at the full rate and the last is above 0; a single
     epoch, where that code divides by zero, runs at the full rate.
     """
+    name = config.schedule
+    if name == "steps":
+        return lambda epoch: config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     if name == "cosine":
         return lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / max(1, epochs)))
     if name == "cosine_lagged" and epochs > 1:

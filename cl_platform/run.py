@@ -13,6 +13,7 @@ import lightning as L
 from cl_platform import efficiency, environment
 from cl_platform.backbones import build_backbone, refuse_prompts, supports_prompts
 from cl_platform.callbacks.interruption import Interrupted, Interruption
+from cl_platform.callbacks.passage import Passage
 from cl_platform.callbacks.progress import StreamProgress
 from cl_platform.callbacks.tensorboard import boards
 from cl_platform.cost import Cost
@@ -22,11 +23,12 @@ from cl_platform.estimate import estimate_seconds
 from cl_platform.evaluation import count_correct
 from cl_platform.learner import ContinualLearner, LearnerOptions
 from cl_platform.loggers import build_loggers, check_loggers
+from cl_platform.plan import Plan
 from cl_platform.results import Results
 from cl_platform.resume import locate
 from cl_platform.run_config import RunConfig, TrainerConfig
 from cl_platform.run_folder import Checkpoint, RunFolder, to_json
-from cl_platform.scenarios import Stream, TaskLoader, Transforms, build_stream
+from cl_platform.scenarios import Stream, StreamLoader, Transforms, as_told, build_stream
 from cl_platform.strategies.composition import build_strategies
 from cl_platform.strategies.phases import Phase
 from cl_platform.trainer import batches_of, build_trainer, explained_memory, quiet_libraries
@@ -74,7 +76,7 @@ def build_learner(config: RunConfig, stream: Stream) -> ContinualLearner:
         head_init=config.head.init,
         cache_bytes=config.evaluation.cache_bytes,
     )
-    return ContinualLearner(backbone, composition, transforms, stream, config.optimizer, options)
+    return ContinualLearner(backbone, composition, transforms, as_told(stream), config.optimizer, options)
 
 
 def run(config: RunConfig) -> RunResult:
@@ -92,14 +94,14 @@ def run(config: RunConfig) -> RunResult:
     _check_future(config, stream)
     with cost.phase("setup"):
         learner = build_learner(config, stream)
-        phases = learner.composition.arrange(stream.tasks)
-        _check_sizes(config.trainer, phases, learner)
+        plan = Plan(config.trainer, config.seed, stream, learner.composition)
+        _check_sizes(config.trainer, plan.phases, learner)
         interruption = Interruption()
         trainer = build_trainer(config.trainer, [interruption])
         path, checkpoint = locate(config)
         folder = RunFolder(path)
     try:
-        return _Run(config, stream, learner, phases, folder, cost, trainer, interruption).execute(checkpoint)
+        return _Run(config, stream, learner, plan, folder, cost, trainer, interruption).execute(checkpoint)
     finally:
         folder.close()
 
@@ -112,20 +114,21 @@ class _Run:
         config: RunConfig,
         stream: Stream,
         learner: ContinualLearner,
-        phases: list[Phase],
+        plan: Plan,
         folder: RunFolder,
         cost: Cost,
         trainer: L.Trainer,
         interruption: Interruption,
     ) -> None:
-        self.config, self.stream, self.learner, self.phases = config, stream, learner, phases
+        self.config, self.stream, self.learner = config, stream, learner
+        self.plan, self.phases = plan, plan.phases
         self.folder, self.cost, self.trainer, self.interruption = folder, cost, trainer, interruption
-        self.results = Results(stream, trains_once=irregular(stream, phases) == "joint_trains_once")
+        self.results = Results(stream, trains_once=irregular(stream, plan.looks) == "joint_trains_once")
         self.trained_epochs = 0
         self.digest = learner.backbone.digest()
         self.loggers: list[Any] = []
-        planned = [self._updates(phase) for phase in phases]
-        self.watchers = Watchers(config, stream, phases, planned, folder.path, cost, self._publish)
+        self.watchers = Watchers(config, stream, plan.looks, plan.steps, folder.path, cost, self._publish)
+        self._attend(learner)
         self.task_costs: list[dict[str, Any]] = []
 
     def execute(self, checkpoint: Checkpoint | None) -> RunResult:
@@ -179,23 +182,16 @@ class _Run:
         facts = environment.describe(config.seed, self.stream, learner.backbone, self.digest, learner.transforms.id)
         self.folder.write("environment.json", to_json(facts))
         first = 0 if checkpoint is None else checkpoint.state["phase"] + 1
-        planned = [self._updates(phase) for phase in self.phases]
-        self.progress = StreamProgress(sum(planned), len(self.phases), done=sum(planned[:first]))
+        plan = self.plan
+        self.progress = StreamProgress(sum(plan.steps), len(plan.looks), done=plan.done(first))
         if config.trainer.progress:
             self.trainer.callbacks.append(self.progress)  # type: ignore[attr-defined]
-        seconds = estimate_seconds(learner, self.phases[first:], self.stream, self._epochs(), config.trainer.batch_size)
+        epochs = plan.epochs * plan.passes
+        size, images = config.trainer.batch_size, plan.images_from(first)
+        seconds = estimate_seconds(learner, self.phases[first:], self.stream, epochs, size, images)
         name = f"{config.strategy_name} on {self.stream.name}, {len(self.stream.tasks)} tasks"
         log.info("%s: about %s of training; run folder %s", name, _duration(seconds), self.folder.path)
         return first
-
-    def _epochs(self) -> int:
-        if not self.learner.composition.needs_gradient:
-            return 0
-        return 1 if self.stream.online else self.config.trainer.max_epochs
-
-    def _updates(self, phase: Phase) -> int:
-        batches = batches_of(len(phase.task.train), self.config.trainer)
-        return self._epochs() * -(-batches // self.config.trainer.accumulate_grad_batches)
 
     def _publish(self, step: int, values: Mapping[str, float]) -> None:
         for logger in self.loggers:
@@ -204,48 +200,73 @@ class _Run:
     def _loop(self, first: int) -> None:
         for number in range(first, len(self.phases)):
             phase = self.phases[number]
+            looks = self.plan.looks if self.plan.through else [phase]
             if phase.fresh:
                 self._start_afresh()
-            self.progress.begin_task(phase.position, self._task_name(phase), phase.task.task_id)
+            self._announce(looks[0])
+            steps = self.learner.steps
             with self.cost.phase("boundary"):
-                self.learner.begin_task(phase.task, self._epochs(), self.trained_epochs)
+                self.learner.begin_task(phase.task, self.plan.epochs, self.trained_epochs)
             with self.cost.phase("report"):
                 self.task_costs.append(efficiency.task_flops(self.learner))
-            self.watchers.begin_task(self.learner, phase, self.trainer.global_step)
+            if number == first and self.learner.composition.needs_gradient:
+                log.info("task %d %s", phase.task.task_id, efficiency.trained_share(self.learner))
+            self.watchers.begin_task(self.learner, looks[0], self.learner.steps)
             if self.learner.composition.needs_gradient:
                 self._fit(phase)
             self.interruption.check()
-            with self.cost.phase("boundary"):
+            with self.cost.phase("boundary"), explained_memory(self.config.trainer):
                 self.learner.end_task(phase.task)
+            self.cost.updates += self.learner.steps - steps
+            for file, text in self.learner.composition.artefacts().items():
+                self.folder.write(file, text)
             self.task_costs[-1] |= efficiency.task_sizes(self.learner)
-            self.watchers.end_task(self.learner, phase, self.trainer.global_step)
-            self._evaluate(phase)
-            self._save(number, phase)
+            self._close(looks[-1])
+            self._save(number, looks[-1])
             self.interruption.check()
+
+    def _announce(self, look: Phase) -> None:
+        self.progress.begin_task(look.position, self._task_name(look), look.task.task_id)
+
+    def _close(self, look: Phase) -> None:
+        """Onlookers and the whole test sets after a task's last update."""
+        self.watchers.end_task(self.learner, look, self.learner.steps)
+        self._evaluate(look)
+
+    def _pass(self, position: int) -> None:
+        """From a task of the scenario to the next, inside a training that does not notice."""
+        self._close(self.plan.looks[position])
+        following = self.plan.looks[position + 1]
+        self._announce(following)
+        self.watchers.begin_task(self.learner, following, self.learner.steps)
 
     def _start_afresh(self) -> None:
         before = self.learner
         self.learner = build_learner(self.config, self.stream)
         self.learner.forwards_train, self.learner.images_forwarded = before.forwards_train, before.images_forwarded
+        self.learner.further_updates = before.further_updates
+        self._attend(self.learner)
         self.learner.trainer = self.trainer
         self.learner.to(self.trainer.strategy.root_device)
+
+    def _attend(self, learner: ContinualLearner) -> None:
+        """Tell a learner what only the run knows."""
+        learner.context.planned_updates = sum(self.plan.updates)
+        learner.timed = lambda: self.cost.phase("train")
 
     def _task_name(self, phase: Phase) -> str:
         names = [self.stream.class_names[c] for c in phase.task.classes]
         return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
     def _fit(self, phase: Phase) -> None:
-        config, epochs = self.config.trainer, self._epochs()
-        loader = TaskLoader(
-            phase.task.train, phase.task.task_id, config.batch_size, self.config.seed, drop_last=config.drop_last
-        )
-        self.trained_epochs += epochs
+        loader = self.plan.loader(phase, self.learner.composition.training_set(phase.task))
+        if isinstance(loader, StreamLoader):
+            self.trainer.callbacks.append(Passage(loader.ends(), self._pass))  # type: ignore[attr-defined]
+        self.trained_epochs += self.plan.epochs
         self.trainer.fit_loop.max_epochs = self.trained_epochs
-        before = self.trainer.global_step
-        with self.cost.phase("train"), explained_memory(config):
+        with self.cost.phase("train"), explained_memory(self.config.trainer):
             self.trainer.fit(self.learner, train_dataloaders=loader)
-        self.cost.images_trained += len(phase.task.train) * epochs
-        self.cost.updates += self.trainer.global_step - before
+        self.cost.images_trained += self.plan.images(phase)
 
     def _evaluate(self, phase: Phase) -> None:
         seen = self.stream.tasks if self.config.evaluation.future_tasks else self.stream.tasks[: phase.position + 1]
@@ -255,10 +276,10 @@ class _Run:
         self.folder.write("accuracy_matrix.csv", self.results.csv())
         self.folder.write("confusion.json", to_json(self.results.diagnostics.confusion()))
         values = {**self.results.curves(phase.position), **self.results.diagnostics.scalars()}
-        self._publish(self.trainer.global_step, values)
+        self._publish(self.learner.steps, values)
         with self.cost.phase("report"):
             for board in self.boards:
-                board.end_task(self.trainer.global_step)
+                board.end_task(self.learner.steps)
         self.progress.end_task(self.results.line(phase.position))
         log.debug("%s", self.results.line(phase.position))
 
@@ -273,6 +294,7 @@ class _Run:
             "task_costs": self.task_costs,
             "forwards_train": self.learner.forwards_train,
             "images_forwarded": self.learner.images_forwarded,
+            "further_updates": self.learner.further_updates,
             "evaluation": self.watchers.state(),
             "backbone_sha256": self.digest,
             "backbone_frozen": self.learner.backbone.frozen,
@@ -295,6 +317,7 @@ class _Run:
         self.learner.learnt = list(state["learnt"])
         self.learner.forwards_train = state["forwards_train"]
         self.learner.images_forwarded = state["images_forwarded"]
+        self.learner.further_updates = state["further_updates"]
         self.results.load_json(state["results"])
         self.trained_epochs = state["trained_epochs"]
         self.cost.load_state(state["cost"])

@@ -21,7 +21,7 @@ class TrainerConfig:
     max_epochs: int = setting(5, doc="epochs of each task", min=1)
     batch_size: int = setting(16, doc="training images of a batch", min=1)
     accelerator: str = setting("auto", doc="cpu, gpu, mps or auto")
-    devices: Any = setting("auto", doc="number or list of devices")
+    devices: Any = setting("auto", doc="one device: auto, 1, or its number in a list")
     precision: str = setting("32-true", doc="number format, such as 32-true or bf16-mixed")
     gradient_clip_val: float | None = setting(None, doc="largest global norm of the trained gradients", above=0)
     accumulate_grad_batches: int = setting(1, doc="batches of one update", min=1)
@@ -118,7 +118,7 @@ class RunConfig:
 TOP_LEVEL = (
     "strategy", "scenario", "backbone", "trainer", "optimizer", "head", "evaluation", "diagnostics", "report", "data",
     "logger",
-    "seed", "run_dir", "output_root", "resume", "debug", "plugins",
+    "seed", "run_dir", "output_root", "resume", "debug", "plugins", "sweep",
 )  # fmt: skip
 
 
@@ -141,6 +141,9 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise UserError("seed", seed, "must be a whole number from 0 to 2^63 - 1", "Write seed=0")
+    debug = raw.get("debug", False)
+    if not isinstance(debug, bool):
+        raise UserError("debug", debug, "must be true or false", "Write debug=true")
     return RunConfig(
         strategy=strategy,
         scenario=typed(ScenarioConfig, raw.get("scenario"), "scenario"),
@@ -157,8 +160,8 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         run_dir=raw.get("run_dir"),
         output_root=str(raw.get("output_root") or Path("outputs")),
         resume=raw.get("resume"),
-        debug=bool(raw.get("debug", False)),
-        raw=dict(raw),
+        debug=debug,
+        raw={key: value for key, value in raw.items() if key != "sweep"},
     )
 
 

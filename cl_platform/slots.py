@@ -31,7 +31,9 @@ class Slots(nn.Module):
     def add(self, task_id: int, **tensors: Tensor) -> None:
         """Create the slot of ``task_id`` holding ``tensors``; an existing one is replaced."""
         slot = _Slot()
-        for name, tensor in tensors.items():
+        declared = {name: place for place, name in enumerate((*self._parameter_names, *(self._buffer_names or ())))}
+        # in the declared order, restored or new: sums over all parameters, as in clipping, must not depend on it
+        for name, tensor in sorted(tensors.items(), key=lambda item: declared.get(item[0], len(declared))):
             if name in self._parameter_names:
                 slot.register_parameter(name, nn.Parameter(tensor.clone()))
             elif self._buffer_names is None or name in self._buffer_names:

@@ -33,16 +33,16 @@ def quiet_libraries() -> None:
 
 
 def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Trainer:
-    """A trainer for the whole stream; epochs are granted task by task.
+    """A trainer for the whole stream, in one process; epochs are granted task by task.
 
     Raises:
-        UserError: a key that Lightning does not take.
+        UserError: a key that Lightning does not take, or more than one device.
     """
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             max_epochs=1,
             accelerator=config.accelerator,
-            devices=config.devices,
+            devices=1 if config.devices == "auto" else config.devices,
             precision=config.precision,  # type: ignore[arg-type]
             gradient_clip_val=config.gradient_clip_val,
             accumulate_grad_batches=config.accumulate_grad_batches,
@@ -62,6 +62,12 @@ def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Train
             raise UserError("trainer.lightning", config.lightning, text, "Remove the key") from error
         todo = "Use trainer.accelerator=auto or cpu" if name == "accelerator" else f"Change trainer.{name}"
         raise UserError(f"trainer.{name}", getattr(config, name), text, todo) from error
+    if trainer.world_size > 1:
+        raise UserError(
+            "trainer.devices", config.devices, "a run is one process on one device",
+            "Write trainer.devices=1, or a list of one such as [2]; hydra/launcher=joblib starts runs side by side",
+        )  # fmt: skip
+    return trainer
 
 
 def batches_of(images: int, config: TrainerConfig) -> int:

@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# two threads in all, also in what the tests start: a process of several has one
+os.environ["OMP_NUM_THREADS"] = "2" if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1" else "1"
+
 import pytest
 import torch
 
@@ -17,9 +20,9 @@ def _own_folders(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads():
-    """The size of machine that the suite is measured on."""
-    torch.set_num_threads(2)
+def _threads():
+    """Two in all, the size of machine that the suite is measured on."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 SMALL = (

@@ -98,3 +98,10 @@ def test_loss_over_the_tasks_classes_equals_masking_the_others_with_minus_infini
 
 def test_columns_of_are_ascending():
     assert columns_of([9, 4], [0, 2, 4, 7, 9, 11]) == [2, 4]
+
+
+def test_a_restored_slot_has_its_parameters_in_the_order_of_a_new_one():
+    made, restored = (Slots(parameters=("weight", "bias"), buffers=("classes",)) for _ in range(2))
+    made.add(3, weight=torch.ones(2, 2), bias=torch.zeros(2), classes=torch.arange(2))
+    restored.load_state_dict(dict(sorted(made.state_dict().items())))  # as a file gives it: by name
+    assert list(restored.tasks["3"].state_dict()) == list(made.tasks["3"].state_dict())

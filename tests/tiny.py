@@ -28,14 +28,16 @@ SMALL = (
 )  # fmt: skip
 WIDTH, SIDE = 32, 16
 # recommended values do not fit so small a trunk, or cost too much
-SHAPED = {"num_components": 12, "projections": 64}
+SHAPED = {"num_components": 12, "projections": 64, "rows": "current_only", "steps": 3, "passes": 2}
 
 
 @functools.cache
 def _composed(strategy: str) -> RunConfig:
     fields = {field.name for field in dataclasses.fields(registry.strategies.get(strategy).Config)}
     fitting = [f"strategy.{strategy}.{k}={v}" for k, v in SHAPED.items() if k in fields]
-    return parse(compose([f"strategy={strategy}", *SMALL, *fitting]))
+    needs = registry.strategies.get(strategy).needs
+    beside = f"[er,{strategy}]" if needs.buffer and "rows" not in fields else strategy
+    return parse(compose([f"strategy={beside}", *SMALL, *fitting]))
 
 
 def config_of(name: str, **groups: dict[str, object]) -> RunConfig:
@@ -46,7 +48,7 @@ def config_of(name: str, **groups: dict[str, object]) -> RunConfig:
         groups: changed keys; those of ``strategy`` are the strategy's own.
     """
     config = _composed(name)
-    own = {name: {**config.strategy[name], **groups.pop("strategy", {})}}
+    own = {**config.strategy, name: {**config.strategy[name], **groups.pop("strategy", {})}}
     changed = {group: dataclasses.replace(getattr(config, group), **keys) for group, keys in groups.items()}
     return dataclasses.replace(config, strategy=own, **changed)
 
@@ -103,7 +105,8 @@ def fit(learner: ContinualLearner, config: RunConfig, task: Task, *callbacks: L.
     learner.begin_task(task, epochs)
     if learner.composition.needs_gradient:
         learner.trainer.fit_loop.max_epochs = epochs
-        loader = TaskLoader(task.train, task.task_id, config.trainer.batch_size, learner.options.seed)
+        images = learner.composition.training_set(task)
+        loader = TaskLoader(images, task.task_id, config.trainer.batch_size, learner.options.seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             learner.trainer.fit(learner, train_dataloaders=loader)

@@ -75,7 +75,7 @@ def refuse_prompts(backbone: nn.Module, strategy_name: str) -> UserError:
     return UserError(
         "strategy",
         strategy_name,
-        f"needs a vision transformer that takes prompts, but {reason}",
+        f"needs a vision transformer that takes prompts and adapters, but {reason}",
         "Use backbone=vit_nano, vit_small, vit_base or deit_tiny, or backbone=timm with a plain ViT, DeiT, DINO, "
         "DINOv2, CLIP or SigLIP tag",
     )

@@ -110,7 +110,7 @@ class ContinualEvaluation(L.Callback):
         self._subsets: dict[int, Subset] = {}
         self._ready: Resident | None = None
         self._weight = Fraction(1)
-        self._position = 0
+        self._position, self._task_id = 0, 0
         self._begin = 0
         self._seen_step = 0
         self._low: dict[int, int] = {}  # position -> fewest right answers from the end of its task on
@@ -175,7 +175,8 @@ class ContinualEvaluation(L.Callback):
 
     def begin_task(self, learner: ContinualLearner, phase: Phase, step: int) -> None:
         """Evaluate before the first update of a task, after all work that its start needs."""
-        self._position, self._begin, self._seen_step = phase.position, step, step
+        self._position, self._task_id = phase.position, phase.task.task_id
+        self._begin = self._seen_step = step
         if self._grid is None:
             self._choose(learner)
         assert self._grid is not None
@@ -189,17 +190,19 @@ class ContinualEvaluation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Evaluate after an optimizer update if the grid says so; batches that only accumulate are none."""
-        if trainer.global_step != self._seen_step:
-            self._seen_step = trainer.global_step
-            self.after_update(learner, trainer.global_step)
+        if learner.steps != self._seen_step:
+            self.after_update(learner, learner.steps)
 
     def after_update(self, learner: ContinualLearner, step: int) -> None:
-        """Evaluate after update ``step`` of the run if the grid says so."""
+        """Evaluate after update ``step`` of the run, in Lightning's loop or outside, if the grid says so."""
         assert self._grid is not None
-        assert learner.task is not None
+        self._seen_step = step
         offset = step - self._begin
         if self._grid.due(offset):
-            cells = self._evaluate(learner, learner.task.task_id, step, "step", learner.epoch_in_task)
+            epoch = min(
+                learner.epoch_in_task, max(0, learner.epochs - 1)
+            )  # behind the last batch it stands at the next
+            cells = self._evaluate(learner, self._task_id, step, "step", epoch)
             self._grid.record(offset, {p: cells[p][0] for p in cells})
             self.tally.evaluations += 1
 

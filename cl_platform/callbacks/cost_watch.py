@@ -36,3 +36,7 @@ class CostWatch(L.Callback):
             self.cost.first_update_seconds = time.perf_counter() - self._start
             self._start = None
         self.cost.tick()
+
+    def after_update(self, learner: Any, step: int) -> None:
+        """Time passes outside Lightning's loop as well."""
+        self.cost.tick()

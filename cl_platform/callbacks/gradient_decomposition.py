@@ -59,7 +59,7 @@ class GradientDecomposition(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, learner: Any, loss: Tensor) -> None:
         """Decompose the step's loss."""
-        step = trainer.global_step
+        step = learner.steps
         if learner.step_in_task >= self.updates or step == self._done or self._file is None:
             return
         self._done = step

@@ -55,3 +55,7 @@ class Interruption(L.Callback):
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """The running step is over."""
         self.check()
+
+    def after_update(self, learner: Any, step: int) -> None:
+        """So is one outside Lightning's loop."""
+        self.check()

@@ -64,8 +64,12 @@ class StreamProgress(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar."""
-        step = trainer.global_step
-        if step % SHOW_EVERY == 0 and self._console.is_terminal:
+        if learner.steps % SHOW_EVERY == 0 and self._console.is_terminal:
             loss = float(outputs["loss"]) if isinstance(outputs, dict) else float("nan")
             description = f"{self._label} epoch {learner.epoch_in_task + 1}/{learner.epochs}"
-            self._bar.update(self._bar_id, completed=step, loss=f"{loss:.3f}", description=description)
+            self._bar.update(self._bar_id, completed=learner.steps, loss=f"{loss:.3f}", description=description)
+
+    def after_update(self, learner: Any, step: int) -> None:
+        """Move the bar for an update outside Lightning's loop."""
+        if step % SHOW_EVERY == 0 and self._console.is_terminal:
+            self._bar.update(self._bar_id, completed=step)

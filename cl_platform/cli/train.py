@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys, groups, sweep_runs
 from cl_platform.cli.failures import our_fault, refused
+from cl_platform.cli.sweep import Outcome, closing_table, with_experiment
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def train(arguments: Sequence[str]) -> int:
     Returns:
         0 done, 2 the user's input, 70 a bug of ours, 130, 141 or 143 after Ctrl-C, a closed pipe or SIGTERM.
     """
+    arguments = with_experiment(arguments)
     overrides = [a for a in arguments if not a.startswith("-")]
     # Waiting threads sleep instead of spinning: on a machine that does other work too, spinning made small matrix
     # products on 2 cores ten times slower. Read once, when torch is loaded.
@@ -63,7 +65,9 @@ def _check_flags(arguments: Sequence[str]) -> None:
 def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
     """Hand over to Hydra, which also knows ``--help``, ``--cfg`` and ``--multirun``."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -71,11 +75,16 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
         _check_sweep(overrides)
     codes: list[int] = []
     failures: list[Exception] = []  # raised inside the job, Hydra would print a line of its own
+    outcomes: list[Outcome] = []  # of a sweep
 
     @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
         try:
-            codes.append(_one_run(OmegaConf.to_container(cfg, resolve=True), arguments))
+            raw = OmegaConf.to_container(cfg, resolve=True)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                codes.append(_one_of_many(raw, arguments, HydraConfig.get().overrides.task, outcomes))
+            else:
+                codes.append(_one_run(raw, arguments))
         except Exception as failure:
             failures.append(failure)
 
@@ -97,6 +106,8 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
         raise explain(failures[0], overrides) from failures[0]
     if failures:
         raise failures[0]
+    if outcomes:
+        _print_sweep(outcomes)
     return max(codes, default=0)
 
 
@@ -130,19 +141,56 @@ def _check_sweep(overrides: list[str]) -> None:
 
 def _one_run(raw: Any, arguments: Sequence[str]) -> int:
     from cl_platform.callbacks.interruption import Interrupted
-    from cl_platform.run import run
-    from cl_platform.run_config import parse
 
-    _print_log()
-    config = parse(raw)
     try:
-        result = run(config)
+        result = _run(raw)
     except Interrupted as stop:
         again = " ".join(["python train.py", *(a for a in arguments if not a.startswith("resume=")), "resume=auto"])
         print(f"stopped; to go on after the last finished task: {again}", file=sys.stderr)
         return stop.exit_code
     _print_table(result)
     return 0
+
+
+def _one_of_many(raw: Any, arguments: Sequence[str], words: Sequence[str], outcomes: list[Outcome]) -> int:
+    """One run of a sweep: a line at its end; a failure is said at once and does not stop the others."""
+    from cl_platform.callbacks.interruption import Interrupted
+
+    try:
+        outcomes.append(Outcome.of(words, _run(raw)))
+    except Interrupted as stop:
+        if outcomes:
+            _print_sweep(outcomes)
+        print(f"stopped in {' '.join(words)}; the runs before it are done", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from stop
+    except UserError as error:
+        outcomes.append(Outcome(tuple(words), failure=str(error)))
+        return refused(error, bool(raw.get("debug")))
+    except Exception as error:
+        outcomes.append(Outcome(tuple(words), failure=f"{type(error).__name__}, a fault of cl_platform"))
+        return our_fault(error)
+    print(outcomes[-1].line, flush=True)
+    return 0
+
+
+def _run(raw: Any) -> RunResult:
+    from cl_platform.run import run
+    from cl_platform.run_config import parse
+
+    _print_log()
+    return run(parse(raw))
+
+
+def _print_sweep(outcomes: Sequence[Outcome]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print()
+    console.print(closing_table(outcomes))
+    console.print("final average accuracy / forgetting in percent, ± the standard deviation over seeds", style="dim")
+    for outcome in outcomes:
+        if outcome.failure is not None:
+            console.print(outcome.line, markup=False, soft_wrap=True)
 
 
 def _print_log() -> None:

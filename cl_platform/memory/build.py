@@ -71,6 +71,9 @@ def build_policy(
     if per_task is None:
         allowed = "is needed where the number of tasks is not known"
         raise UserError("buffer.per_task", None, allowed, "Set buffer.per_task")
+    if num_tasks and 1 <= per_task <= capacity < per_task * num_tasks:
+        allowed = f"{num_tasks} tasks need {per_task * num_tasks} slots, and the buffer has {capacity}"
+        raise UserError("buffer.per_task", per_task, allowed, "Lower it, or raise buffer.size")
     return Ring(capacity, per_task)
 
 

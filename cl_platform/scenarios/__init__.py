@@ -2,6 +2,7 @@
 
 from cl_platform.scenarios.build import build_stream, stream_from_datasets
 from cl_platform.scenarios.config import DataConfig, ScenarioConfig, TransformConfig
+from cl_platform.scenarios.hidden import StreamLoader, as_told
 from cl_platform.scenarios.image_set import ImageSet
 from cl_platform.scenarios.loader import TaskLoader
 from cl_platform.scenarios.stream import Stream, Task
@@ -12,10 +13,12 @@ __all__ = [
     "ImageSet",
     "ScenarioConfig",
     "Stream",
+    "StreamLoader",
     "Task",
     "TaskLoader",
     "TransformConfig",
     "Transforms",
+    "as_told",
     "build_stream",
     "stream_from_datasets",
 ]

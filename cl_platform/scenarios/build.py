@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ def build_stream(scenario: ScenarioConfig, data: DataConfig, seed: int) -> Strea
     if scenario.kind not in scenarios:
         raise unknown_name("scenario", scenario.kind, scenarios.names())
     builder: Callable[[ScenarioConfig, DataConfig, int], Stream] = scenarios.get(scenario.kind)
-    return builder(scenario, data, seed)
+    return replace(builder(scenario, data, seed), hidden=scenario.boundaries == "hidden")
 
 
 def split_by_class(source: Source, scenario: ScenarioConfig, seed: int) -> Stream:

@@ -82,7 +82,7 @@ class ScenarioConfig:
     augment_scale: tuple[float, ...] = key((0.05, 1.0), doc="resized_crop: smallest and largest share of the area")
     test_transform: str = key("resize", choices=("resize", "resize_crop"), doc="resize, or resize and centre crop")
     interpolation: str = key("bicubic", choices=("bicubic", "bilinear"), doc="how images are resized")
-    boundaries: str = key("visible", choices=("visible", "hidden"), doc="whether strategies are told of a new task")
+    boundaries: str = key("shown", choices=("shown", "hidden"), doc="whether strategies are told of a new task")
 
     def __post_init__(self) -> None:
         low_high = self.augment_scale
@@ -92,10 +92,6 @@ class ScenarioConfig:
                 list(low_high),
                 "must be two numbers, 0 < smallest <= largest <= 1",
                 "Write scenario.augment_scale=[0.05,1.0]",
-            )
-        if self.boundaries == "hidden":
-            raise UserError(
-                "scenario.boundaries", "hidden", "is reserved and not available yet", "Use scenario.boundaries=visible"
             )
 
 

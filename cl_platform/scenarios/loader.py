@@ -17,7 +17,7 @@ class TaskLoader:
     """An iterable of batches; Lightning takes it as a dataloader.
 
     Args:
-        task_set: images of one split of a task.
+        task_set: images of one split of a task; a column ``task_ids`` marks those that are remembered from others.
         task_id: the task's id, written into every batch.
         batch_size: images per batch and process.
         seed: the run's seed.
@@ -101,11 +101,13 @@ class TaskLoader:
         return count // self._world_size if self._drop_last else -(-count // self._world_size)
 
     def _batch(self, rows: Tensor) -> Batch:
+        owners = getattr(self.task_set, "task_ids", None)
+        task_ids = torch.full((len(rows),), self.task_id, dtype=torch.int64) if owners is None else owners[rows]
         return Batch(
             images=self.task_set.images(rows),
             labels=self.task_set.labels[rows],
             example_ids=self.task_set.example_ids[rows],
-            task_ids=torch.full((len(rows),), self.task_id, dtype=torch.int64),
-            is_replay=torch.zeros(len(rows), dtype=torch.bool),
+            task_ids=task_ids,
+            is_replay=task_ids != self.task_id,
             extra={"row": rows},
         )

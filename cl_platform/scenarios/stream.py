@@ -47,6 +47,7 @@ class Stream:
         online: whether every task is passed over once.
         skipped: number of unreadable images left out.
         source: a sentence that says where the data came from.
+        hidden: the bounds between tasks are for evaluation alone; see :func:`~cl_platform.scenarios.hidden.as_told`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Stream:
     online: bool
     skipped: int
     source: str
+    hidden: bool = False
 
     def __len__(self) -> int:
         return len(self.tasks)

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cl_platform.backbones.feature_cache import FeatureCache
 from cl_platform.batch import Batch
-from cl_platform.heads import Head, cross_entropy
+from cl_platform.heads import cross_entropy
 from cl_platform.slots import Slots
+from cl_platform.strategies.context import Context, ParameterGroup, Query
 
 if TYPE_CHECKING:
-    from cl_platform.backbones import Backbone, PromptedViT
-    from cl_platform.scenarios import Task
+    from cl_platform.scenarios import ImageSet, Task
     from cl_platform.strategies.phases import Phase
-    from cl_platform.strategies.teacher import Teacher
 
 ROLES = ("features", "classification", "trainable", "prediction", "gradient", "buffer", "arrangement")
 """What only one strategy of a composition may own: the forward pass, the base loss, which base parameters are trained,
 the answer, gradient surgery, the replay buffer, and the order in which the stream's data are trained on."""
-
-Query = Literal["none", "answers", "beside", "only"]
-"""Whether a strategy reads the frozen trunk's features: not at all, beside the images when it answers alone, beside
-the images in training as well, or instead of the images."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +30,10 @@ class Needs:
     Attributes:
         prompts: a ViT whose attention takes prefixes and prompt tokens.
         boundaries: the stream must say where a task ends.
-        gradient: false for learners in closed form, which skip gradient training.
+        gradient: false for learners that take no step on the stream's batches, such as those in closed form.
         buffer: another strategy of the composition must own a replay buffer.
         teacher: the learner as it was at the end of the task before is kept.
+        alone: no other strategy may stand beside it.
     """
 
     prompts: bool = False
@@ -47,112 +41,7 @@ class Needs:
     gradient: bool = True
     buffer: bool = False
     teacher: bool = False
-
-
-def _no_replay(images: Tensor, labels: Tensor, example_ids: Tensor, task_ids: Tensor) -> Batch:
-    raise RuntimeError("nothing prepares replayed images outside a learner")
-
-
-def _no_stream(purpose: str) -> torch.Generator:
-    raise RuntimeError("there is no step outside a learner")
-
-
-def _no_features(batch: Batch) -> Tensor:
-    raise RuntimeError("nothing computes features outside a composition")
-
-
-@dataclass
-class Context:
-    """The learner as strategies see it. Plain references: nothing in it is a submodule of a strategy.
-
-    Attributes:
-        backbone: the feature extractor.
-        head: the shared growing head.
-        cache: features of the frozen trunk, computed once per image.
-        seed: the run's seed.
-        num_tasks: planned length of the stream.
-        num_classes: classes of the whole scenario.
-        setting: ``class``, ``domain`` or ``task``.
-        autocast: opens the run's precision.
-        prepare: replayed uint8 images, labels (b,), example ids (b,) and task ids (b,) to a batch: augmented anew as
-            the current task's images are, with the query column where there is one.
-        step_stream: a generator of its own for a draw in the running step, by purpose; a new one at every call.
-        image_shape: (3, H, W) of the images as stored.
-        batch_size: training images of a batch.
-        teacher: the learner at the end of the task before; ``None`` where no strategy needs it.
-        buffer: the replay buffer, set by its owner when it is attached.
-        features: features (B, D) of a batch as the composition computes them.
-        parts: the modules that answer: ``backbone``, ``head``, and ``features`` where a strategy computes these.
-        query: how the composition reads the frozen trunk's features.
-        sgd_rate: learning rate of a task's first update by SGD; 0 for rules that scale their own steps.
-        planned_updates: optimizer updates that the whole run is planned to take.
-        kept_blocks: leading blocks of a ViT that neither training nor a strategy changes in the current task.
-    """
-
-    backbone: Backbone
-    head: Head
-    cache: FeatureCache
-    seed: int
-    num_tasks: int
-    num_classes: int
-    setting: str
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    prepare: Callable[[Tensor, Tensor, Tensor, Tensor], Batch] = _no_replay
-    step_stream: Callable[[str], torch.Generator] = _no_stream
-    image_shape: tuple[int, int, int] = (3, 32, 32)
-    batch_size: int = 16
-    teacher: Teacher | None = None
-    buffer: Any = None
-    features: Callable[[Batch], Tensor] = _no_features
-    parts: dict[str, nn.Module] = field(default_factory=dict)
-    query: Query = "none"
-    sgd_rate: float = 0.0
-    planned_updates: int = 0
-    kept_blocks: int = 0
-
-    def embed(self, batch: Batch) -> tuple[Tensor, int]:
-        """Tokens (B, N, D) of a batch for a :class:`PromptedViT`, and the block that they enter.
-
-        Where evaluation has kept the activations behind the blocks that nothing changes, those; else the embedding.
-        """
-        if "tokens" in batch.extra:
-            return batch.extra["tokens"], self.kept_blocks
-        return cast("PromptedViT", self.backbone).embed(batch.images), 0
-
-    def plain_features(self, batch: Batch) -> Tensor:
-        """Features (B, D) of the backbone without prompts."""
-        if "tokens" not in batch.extra:
-            return self.backbone(batch.images)
-        vit = cast("PromptedViT", self.backbone)
-        return vit.readout(vit.finish(vit.run(batch.extra["tokens"], start=self.kept_blocks)))
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Parameters of what answers that the current task trains, by dotted name; to be asked after its start."""
-        named = ((f"{part}.{n}", p) for part, module in self.parts.items() for n, p in module.named_parameters())
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-    def evaluated(self, task: Task, rows: Tensor) -> Batch:
-        """Some training images of ``task`` under the evaluation transform, with their query where one is read.
-
-        Args:
-            task: whose images.
-            rows: (b,) int64 row numbers in ``task.train``.
-        """
-        chosen, device = task.train.select(rows), next(self.backbone.parameters()).device
-        labels, ids = chosen.labels.to(device), chosen.example_ids.to(device)
-        extra = {}
-        if self.query != "none":
-            extra["query"] = self.cache.features(task.task_id, "train", task.train)[rows.to(device)]
-        if self.query == "only":
-            images = torch.empty(len(rows), 0, device=device)
-        else:
-            images = self.cache.evaluate(chosen.images(slice(None)).to(device))
-        owner = torch.full_like(labels, task.task_id)
-        return Batch(images, labels, ids, owner, torch.zeros_like(labels, dtype=torch.bool), extra)
-
-    def whole_network(self) -> ParameterGroup:
-        """All parameters of backbone and head, for a strategy that trains everything."""
-        return ParameterGroup([*self.backbone.parameters(), *self.head.parameters()])
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,15 +140,6 @@ class Component:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that one optimizer group trains during the current task; ``None`` means the run's own value."""
-
-    parameters: list[nn.Parameter]
-    lr_scale: float = 1.0
-    weight_decay: float | None = None
-
-
 class Strategy(nn.Module):
     """A way to learn a stream. Subclasses override what they need and nothing else.
 
@@ -288,9 +168,31 @@ class Strategy(nn.Module):
         """Take the learner's parts, once, before the first task; parameters may be created here."""
         self.context = context
 
+    def check(self) -> None:
+        """Refuse what cannot work, once every member of the composition is attached."""
+
+    def further_updates(self, planned: Sequence[int]) -> list[int]:
+        """Planned updates outside Lightning's loop during each phase.
+
+        Args:
+            planned: updates on the stream's batches during each.
+        """
+        return [0] * len(planned)
+
     def arrange(self, tasks: Sequence[Task]) -> list[Phase] | None:
         """The training phases of the stream (owner of ``arrangement``); ``None`` keeps one phase per task."""
         return None
+
+    def training_set(self, task: Task, images: ImageSet) -> ImageSet:
+        """What an epoch of ``task`` passes over, asked for after its start: ``images`` first, then remembered ones.
+
+        The column ``task_ids`` of the answer says which task each image belongs to, if not all are of ``task``.
+        """
+        return images
+
+    def remembered(self, tasks: Sequence[Task]) -> int:
+        """How many images :meth:`training_set` will add to the last of ``tasks`` once the others are learnt."""
+        return 0
 
     def begin_task(self, task: Task) -> None:
         """Grow slots and take snapshots before the first batch of ``task``; draws come from keyed streams only."""
@@ -328,6 +230,9 @@ class Strategy(nn.Module):
     def after_batch(self, step: Step) -> None:
         """After each batch, behind the update where the batch completed one: insert into the buffer."""
 
+    def refine(self, task: Task) -> None:
+        """Train on after the last batch of ``task``, before any strategy consolidates what was learnt."""
+
     def end_task(self, task: Task) -> None:
         """Consolidate after the last batch of ``task``; test data stay untouched."""
 
@@ -351,4 +256,8 @@ class Strategy(nn.Module):
 
     def inspect(self) -> dict[str, Any]:
         """JSON-able facts for ``metrics.json``, such as which classifier rule answered."""
+        return {}
+
+    def artefacts(self) -> dict[str, str]:
+        """Text files by name that the run writes into its folder at the end of each task."""
         return {}

@@ -16,7 +16,7 @@ from cl_platform.strategies.phases import Phase, one_per_task
 from cl_platform.strategies.teacher import Teacher
 
 if TYPE_CHECKING:
-    from cl_platform.scenarios import Task
+    from cl_platform.scenarios import ImageSet, Task
 
 
 class Composition(nn.Module):
@@ -60,8 +60,14 @@ class Composition(nn.Module):
         return None if name is None else self.members[name]  # type: ignore[return-value]
 
     def attach(self, context: Context) -> None:
-        """Hand the learner's parts to every member."""
+        """Hand the learner's parts to every member.
+
+        Raises:
+            UserError: bounds between tasks are hidden and a member needs them, or a member needs a buffer without one.
+        """
         self.context = context
+        if not context.boundaries:
+            self._refuse_hidden()
         context.features, context.query = self.features, self.query
         context.parts = {"backbone": context.backbone, "head": context.head}
         owner = self.owner("features")
@@ -77,6 +83,20 @@ class Composition(nn.Module):
                     "strategy", f"[{','.join(self.members)}]", f"{strategy.name} needs a replay buffer",
                     f"Put a replay strategy before it, such as strategy=[er,{strategy.name}]",
                 )  # fmt: skip
+            if strategy.needs.alone and len(self.members) > 1:
+                listed = f"[{','.join(self.members)}]"
+                raise UserError("strategy", listed, f"{strategy.name} stands alone", f"Use strategy={strategy.name}")
+        for strategy in self.strategies:
+            strategy.check()
+
+    def _refuse_hidden(self) -> None:
+        for strategy in self.strategies:
+            if strategy.needs.boundaries:
+                able = [n for n in registry.strategies.names() if not registry.strategies.get(n).needs.boundaries]
+                raise UserError(
+                    "scenario.boundaries", "hidden", f"{strategy.name} has to be told where a task ends",
+                    f"Use scenario.boundaries=shown, or one of {', '.join(able)}",
+                )  # fmt: skip
 
     def candidates(self, task: Task, seen: Sequence[int]) -> Sequence[int]:
         """Classes of the base loss: the task's own, or all seen ones where replayed images may be in a batch."""
@@ -86,6 +106,17 @@ class Composition(nn.Module):
         """The training phases, one per task unless a member arranges them otherwise."""
         owner = self.owner("arrangement")
         return (owner.arrange(tasks) if owner else None) or one_per_task(tasks)
+
+    def training_set(self, task: Task) -> ImageSet:
+        """What an epoch of ``task`` passes over: its own images, and those that members remember."""
+        images = task.train
+        for strategy in self.strategies:
+            images = strategy.training_set(task, images)
+        return images
+
+    def training_size(self, tasks: Sequence[Task]) -> int:
+        """Images of an epoch of the last of ``tasks``, those before it learnt; known before any training."""
+        return len(tasks[-1].train) + sum(strategy.remembered(tasks) for strategy in self.strategies)
 
     def begin_task(self, task: Task) -> None:
         """Every member's start-of-task work."""
@@ -150,8 +181,14 @@ class Composition(nn.Module):
         for strategy in self.strategies:
             strategy.after_batch(step)
 
+    def further_updates(self, planned: Sequence[int]) -> list[int]:
+        """Planned updates of all members outside Lightning's loop, for each phase."""
+        return [sum(counts) for counts in zip(*(s.further_updates(planned) for s in self.strategies), strict=True)]
+
     def end_task(self, task: Task) -> None:
-        """Every member's end-of-task work, then the copy that teaches the next task."""
+        """Every member's further training, then its end-of-task work, then the copy that teaches the next task."""
+        for strategy in self.strategies:
+            strategy.refine(task)
         for strategy in self.strategies:
             strategy.end_task(task)
         if self.teacher is not None:
@@ -175,6 +212,10 @@ class Composition(nn.Module):
         for strategy in self.strategies:
             for c in strategy.components():
                 yield Component(f"{strategy.name}.{c.name}", c.tasks, c.kind, c.tensors)
+
+    def artefacts(self) -> dict[str, str]:
+        """Text files of all members by name."""
+        return {name: text for strategy in self.strategies for name, text in strategy.artefacts().items()}
 
     def inspect(self) -> dict[str, Any]:
         """What members have to say about themselves, by name."""

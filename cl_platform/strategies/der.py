@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_platform.config import setting
 from cl_platform.registry import strategies
-from cl_platform.strategies.base import Step
+from cl_platform.strategies.base import Needs, Step
 from cl_platform.strategies.replay import Replay, ReplayConfig
 
 
@@ -34,6 +34,7 @@ class DER(Replay):
 
     name = "der"
     Config = DERConfig
+    needs = Needs(boundaries=False)
     stores_logits = True
     stability = frozenset({"logits"})
 
@@ -42,6 +43,7 @@ class DER(Replay):
         replayed = self.draw()
         if replayed is None or self.config.alpha == 0:
             return {}
+        replayed = self.context.targets(replayed)
         logits = step.forward(replayed).logits
         return {"logits": self.config.alpha * logit_distance(logits, replayed.extra["stored"], replayed.extra["known"])}
 

@@ -9,6 +9,7 @@ import torch
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.registry import strategies
+from cl_platform.strategies.base import Needs
 from cl_platform.strategies.replay import Replay, ReplayConfig
 
 
@@ -31,6 +32,7 @@ class ER(Replay):
 
     name = "er"
     Config = ERConfig
+    needs = Needs(boundaries=False)
 
     def widen(self, batch: Batch) -> Batch:
         """Append replayed rows."""

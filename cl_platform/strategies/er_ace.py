@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_platform.config import setting
 from cl_platform.heads import cross_entropy
 from cl_platform.registry import strategies
-from cl_platform.strategies.base import Step
+from cl_platform.strategies.base import Needs, Step
 from cl_platform.strategies.replay import Replay, ReplayConfig
 
 
@@ -17,7 +17,9 @@ from cl_platform.strategies.replay import Replay, ReplayConfig
 class ERACEConfig(ReplayConfig):
     """Keys of ``er_ace``."""
 
-    task_free: bool = setting(False, doc="replay and mask from the first batch on; false: from the second task on")
+    task_free: bool | None = setting(
+        None, doc="replay and mask from the first batch on, not the second task; null: where the stream is online"
+    )
 
 
 @strategies.register("er_ace")
@@ -30,12 +32,14 @@ class ERACE(Replay):
 
     name = "er_ace"
     Config = ERACEConfig
+    needs = Needs(boundaries=False)
     owns = frozenset({"buffer", "classification"})
     stability = frozenset({"replay"})
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Both terms; a plain cross-entropy in the first task unless ``task_free``."""
-        if not self.config.task_free and step.task.position == 0:
+        task_free = self.context.online if self.config.task_free is None else self.config.task_free
+        if not task_free and step.task.position == 0:
             return {"ce": step.cross_entropy(step.seen_classes)}
         present = sorted(set(step.host.labels.tolist()))
         terms = {"ce": step.cross_entropy(present)}

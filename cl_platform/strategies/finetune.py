@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_platform.config import setting
 from cl_platform.registry import strategies
-from cl_platform.strategies.base import Context, ParameterGroup, Step, Strategy
+from cl_platform.strategies.base import Context, Needs, ParameterGroup, Step, Strategy
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Finetune(Strategy):
 
     name = "finetune"
     Config = FinetuneConfig
+    needs = Needs(boundaries=False)
     owns = frozenset({"classification", "trainable"})
 
     def attach(self, context: Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,10 @@ from cl_platform.strategies.prompting import cosines, largest
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
 
+log = logging.getLogger("cl_platform")
 KEY = "key"
+CROWDED = 0.9
+"""Share of the images above which one adapter is picked by too many."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,12 @@ class L2PLoRA(AdapterStrategy):
         count = self.usage.get(step.task.task_id, "count")
         count += votes(self._picked, ~step.batch.is_replay, self.config.pool_size)
 
+    def end_task(self, task: Task) -> None:
+        """Say so where nearly every image picks the same adapter: it is no pool any more."""
+        share = self.inspect()["most_picked_share"]
+        if self.config.top_k < self.config.pool_size and share > CROWDED:
+            log.warning("%s: one adapter was picked by %.0f %% of the images; see pull", self.name, 100 * share)
+
     def components(self) -> Iterator[Component]:
         """The pool belongs to every task it was trained on; a task's counts also to those that had moved the keys."""
         tasks = tuple(self.trained.task_ids)
@@ -152,7 +162,7 @@ class L2PLoRA(AdapterStrategy):
     def inspect(self) -> dict[str, Any]:
         """How often each adapter was picked in the training of each task, and the largest share of all picks."""
         usage = {t: self.usage.get(t, "count") for t in self.usage.task_ids}
-        total = sum(usage.values(), torch.zeros(self.config.pool_size))
+        total = sum(usage.values(), torch.zeros(self.config.pool_size, device=self.pool[KEY].device))
         most = float(total.max() * self.config.top_k / total.sum().clamp_min(1))  # 1: every image picked it
         return {
             **super().inspect(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.registry import strategies
-from cl_platform.strategies.base import ParameterGroup, Step, Strategy
+from cl_platform.strategies.base import Needs, ParameterGroup, Step, Strategy
 from cl_platform.strategies.joint import arrange_by
 from cl_platform.strategies.phases import Phase
 
@@ -36,6 +36,7 @@ class LinearProbe(Strategy):
 
     name = "linear_probe"
     Config = LinearProbeConfig
+    needs = Needs(boundaries=False)
     owns = frozenset({"features", "classification", "trainable", "arrangement"})
     query = "only"
 

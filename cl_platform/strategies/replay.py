@@ -11,10 +11,12 @@ from torch import Tensor
 
 from cl_platform.batch import Batch
 from cl_platform.config import setting
-from cl_platform.errors import UserError
+from cl_platform.errors import UserError, keys_below
 from cl_platform.memory.buffer import ReplayBuffer
 from cl_platform.memory.build import BufferConfig, build_buffer
+from cl_platform.memory.columns import Replay as Rows
 from cl_platform.strategies.base import Component, Context, Step, Strategy
+from cl_platform.strategies.exemplars import offer_task
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
@@ -46,6 +48,7 @@ class Replay(Strategy):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self._step = 0
         self.arrival: Tensor
         self.register_buffer("arrival", torch.zeros(0, dtype=torch.int64))  # class ids in the order of their columns
 
@@ -58,14 +61,23 @@ class Replay(Strategy):
         """Make room for the buffer.
 
         Raises:
-            UserError: a buffer that cannot hold an example of every class.
+            UserError: a buffer that cannot hold an example of every class, or one that would never be drawn from.
         """
         super().attach(context)
+        if self.config.exclude_current and not context.boundaries:
+            key = f"strategy.{self.name}.exclude_current"
+            raise UserError(key, True, "hidden bounds make all images the current task's", f"Set {key}=false")
         columns = context.num_classes if self.stores_logits else None
-        self.buffer: ReplayBuffer = build_buffer(
-            self.config.buffer, context.seed, context.image_shape, columns, context.num_tasks
-        )
-        context.buffer = self.buffer
+        with keys_below(f"strategy.{self.name}", "buffer"):
+            self.buffer: ReplayBuffer = build_buffer(
+                self.config.buffer, context.seed, context.image_shape, columns, context.num_tasks
+            )
+        context.buffer, context.draw, context.replay = self.buffer, self.draw, self.lend
+        if self.stores_logits and self.buffer.policy.when == "task_end":
+            raise UserError(
+                f"strategy.{self.name}.buffer.policy", self.config.buffer.policy,
+                "chooses when a task has ended, and logits are stored while it trains", "Use reservoir",
+            )  # fmt: skip
         if self.buffer.capacity < context.num_classes:
             raise UserError(
                 f"strategy.{self.name}.buffer.size", self.buffer.capacity,
@@ -91,15 +103,29 @@ class Replay(Strategy):
         Returns:
             ``None`` while there is nothing to draw from: no term then, and no forward pass.
         """
+        rows = self.drawn(count)
+        return None if rows is None else self.ready(rows)
+
+    def lend(
+        self, count: int, sampler: str, exclude_current: bool, select: torch.Generator, augment: torch.Generator
+    ) -> Batch | None:
+        """As :meth:`draw`, for a training outside the steps: how rows are drawn, and from which generators."""
+        exclude = self._task_id if exclude_current else None
+        rows = self.buffer.sample(count, select, exclude, sampler)
+        return None if rows is None else self.ready(rows, augment)
+
+    def drawn(self, count: int | None = None) -> Rows | None:
+        """The rows of one draw as the buffer holds them; arguments and ``None`` as for :meth:`draw`."""
         wanted = self.config.batch_size if count is None else count
         wanted = self.context.batch_size if wanted is None else wanted
         if wanted == 0 or len(self.buffer) == 0:
             return None
         exclude = self._task_id if self.config.exclude_current else None
-        rows = self.buffer.sample(wanted, self.context.step_stream("buffer.sample"), exclude, self.config.sampler)
-        if rows is None:
-            return None
-        batch = self.context.prepare(rows.images, rows.labels, rows.example_ids, rows.task_ids)
+        return self.buffer.sample(wanted, self.context.step_stream("buffer.sample"), exclude, self.config.sampler)
+
+    def ready(self, rows: Rows, augment: torch.Generator | None = None) -> Batch:
+        """Rows of the buffer as a batch for the network, with the columns of :meth:`draw`."""
+        batch = self.context.prepare(rows.images, rows.labels, rows.example_ids, rows.task_ids, augment)
         if rows.logits is None or rows.num_columns is None:
             return batch
         order = self.arrival.argsort()  # ascending class id -> column in the order of arrival
@@ -108,7 +134,10 @@ class Replay(Strategy):
         return batch.with_extra(stored=stored[:, order], known=known[:, order])
 
     def after_batch(self, step: Step) -> None:
-        """Offer the current batch."""
+        """Offer the current batch, unless the policy chooses among a finished task's images."""
+        self._step = step.global_step
+        if self.buffer.policy.when == "task_end":
+            return
         if self.config.insert == "first_epoch" and step.epoch > 0:
             return
         raw, host = step.batch.extra["raw"][: step.current], step.host
@@ -116,7 +145,14 @@ class Replay(Strategy):
         if self.stores_logits:
             arrived = torch.searchsorted(self.arrival.sort().values, self.arrival)  # column of each class, ascending
             logits = step.logits[: step.current].detach().float()[:, arrived]  # (B, S) in the order of arrival
-        self.buffer.insert(raw, host.labels, host.task_ids, host.example_ids, step.global_step, logits)
+        with keys_below(f"strategy.{self.name}", "buffer"):
+            self.buffer.insert(raw, host.labels, host.task_ids, host.example_ids, step.global_step, logits)
+
+    def end_task(self, task: Task) -> None:
+        """Offer the whole task to a policy that waits for its end."""
+        if self.buffer.policy.when == "task_end":
+            with keys_below(f"strategy.{self.name}", "buffer"):
+                offer_task(self.buffer, task, self.context, self._step)
 
     def components(self) -> Iterator[Component]:
         """The buffer belongs to every task that offered examples to it."""

@@ -5,15 +5,17 @@ import math
 
 import pytest
 import torch
+from tiny import config_of, digits
 from torch import nn
 from torch.nn import functional as F
 
-from cl_platform.backbones import PromptedViT
+from cl_platform.backbones import BackboneConfig, PromptedViT
 from cl_platform.backbones import lora as module
 from cl_platform.backbones.lora import TARGETS, LoRALayout, Merge, layout_of, low_rank, merged_weight
 from cl_platform.backbones.nano import nano_model
 from cl_platform.errors import UserError
 from cl_platform.random_streams import RUN_LEVEL, seeded_globals, stream
+from cl_platform.run import build_learner
 
 
 def vit(**changes):
@@ -244,3 +246,13 @@ def test_another_mlp_takes_no_adapters():
     assert layout(trunk, targets=("q", "proj")).targets == ("q", "proj")
     with pytest.raises(UserError, match="SwiGLU takes no adapters"):
         layout(trunk, targets=("fc1",))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18_slim", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["inflora", "l2p_lora", "lora", "olora", "online_lora", "s_lora"])
+def test_strategies_with_adapters_are_refused_by_name_on_a_convolutional_network(name, backbone):
+    config = config_of(name)
+    kind = {"kind": "timm", "name": backbone, "pretrained": False} if "lite0" in backbone else {"kind": backbone}
+    with pytest.raises(UserError) as caught:
+        build_learner(dataclasses.replace(config, backbone=BackboneConfig(**kind)), digits())
+    assert str(caught.value).startswith(f"strategy={name}: needs a vision transformer")

@@ -79,7 +79,8 @@ class Bench:
         self.vit, self.epochs = self.learner.backbone, 0
 
     def _loader(self, task):
-        return TaskLoader(task.train, task.task_id, BATCH, self.learner.options.seed)
+        images = self.learner.composition.training_set(task)
+        return TaskLoader(images, task.task_id, BATCH, self.learner.options.seed)
 
     def begin(self, task_id, epochs=1):
         """The work before a task's first batch, without training."""

@@ -169,6 +169,20 @@ def test_picks_are_counted_by_task_and_belong_to_those_that_moved_the_keys(bench
     assert "usage.tasks.0" not in {part.name for part in bench.strategy.components()}
 
 
+def test_a_pool_of_which_one_adapter_is_picked_by_nearly_all_images_is_reported(bench_of, caplog):
+    bench = bench_of(top_k=1)
+    with torch.no_grad():
+        bench.strategy.pool["key"].copy_(-bench.batch().extra["query"].mean(0).expand(6, -1))
+        bench.strategy.pool["key"][2] *= -1.0
+    with caplog.at_level("WARNING", logger="cl_platform"):
+        bench.learn(0)
+    assert "one adapter was picked by 100 % of the images" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="cl_platform"):
+        bench_of(top_k=6).learn(0)  # all are picked by all: nothing to choose from
+    assert not caplog.records
+
+
 def test_more_picks_than_adapters_are_refused(bench_of):
     with pytest.raises(UserError, match=r"strategy\.l2p_lora\.top_k=7: must be at most the pool's 6 adapters"):
         bench_of(top_k=7)

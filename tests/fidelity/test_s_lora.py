@@ -1,5 +1,7 @@
 """S-LoRA is S-LoRA because each task has an adapter and a head of its own, and frozen features alone choose them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -130,6 +132,17 @@ def test_centroids_of_a_task_come_from_its_own_frozen_features_in_the_order_of_t
     means = bench_of(router="class_mean").learn(0, 1).strategy.router.get(1, "centroids")
     by_class = torch.stack([features[task.train.labels == c].mean(0) for c in (2, 3)])
     torch.testing.assert_close(means, by_class, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", ["class_mean", "kmeans"])
+def test_the_order_in_which_a_tasks_images_come_moves_no_centroid(bench_of, router):
+    bench = bench_of(router=router, clusters=3)
+    task = bench.stream.task(0)
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(1))
+    turned = dataclasses.replace(task, train=task.train.select(order))
+    expected = bench.strategy._centroids(task)
+    bench.learner.cache.forget(0)
+    torch.testing.assert_close(bench.strategy._centroids(turned), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_nothing_is_asked_of_the_frozen_trunk_in_training(bench_of):

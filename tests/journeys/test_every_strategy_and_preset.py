@@ -1,30 +1,71 @@
 """Every registered strategy trains on every kind of scenario; every preset composes."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
 
 import cl_platform.strategies  # noqa: F401
-from cl_platform import registry
+from cl_platform import efficiency, registry
 from cl_platform.cli.compose import compose, groups
+from cl_platform.cli.sweep import with_experiment
 from cl_platform.run_config import parse
+from cl_platform.strategies import build_strategies
+
+
+@pytest.fixture(autouse=True)
+def _no_counting(monkeypatch):
+    """FLOPs are counted for every strategy elsewhere; they take as long as these few updates."""
+    nothing = {"flops_eval_image": None, "flops_train_step": None, "reason": "not_countable"}
+    monkeypatch.setattr(efficiency, "task_flops", lambda learner: {"task_id": learner.task.task_id, **nothing})
+
+
+def beside(name):
+    """The strategy as one types it, after a replay strategy where it needs one."""
+    return f"[er,{name}]" if registry.strategies.get(name).needs.buffer else name
+
+
+def quick(name):
+    """Few updates where a strategy trains outside the stream's batches."""
+    fields = {field.name for field in dataclasses.fields(registry.strategies.get(name).Config)}
+    return [
+        f"strategy.{name}.{key}={value}"
+        for key, value in (("steps", 3), ("passes", 2), ("fisher_samples", 8))
+        if key in fields
+    ]
+
+
+BRIEF = ("scenario.train_per_class=4", "scenario.test_per_class=2", "evaluation=boundaries", "logger=[]")
 
 
 @pytest.mark.parametrize("name", registry.strategies.names())
-@pytest.mark.parametrize("scenario", ["split_digits", "rotated_digits"])
-def test_a_strategy_learns_a_stream(name, scenario, small_run, tmp_path):
-    result = small_run(
-        f"strategy={name}",
-        f"scenario={scenario}",
-        "scenario.train_per_class=6",
-        f"run_dir={tmp_path / 'run'}",
-        "logger=[]",
-    )
-    space = "cil" if scenario == "split_digits" else "dil"
-    assert result.metrics[f"acc_{space}"]["value"] is not None
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == result.metrics
+def test_a_strategy_learns_tasks_with_the_same_classes(name, small_run, tmp_path):
+    words = (f"strategy={beside(name)}", *quick(name), *BRIEF)
+    result = small_run(*words, "scenario=rotated_digits", f"run_dir={tmp_path / 'run'}")
+    assert result.metrics["acc_dil"]["value"] is not None
     assert result.learner.seen_classes() == list(range(10))
+
+
+@pytest.mark.parametrize("name", registry.strategies.names())
+def test_a_strategy_learns_new_classes_and_a_run_cut_off_after_a_task_ends_with_the_same_bytes(
+    name, small_run, tmp_path
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = (f"strategy={beside(name)}", *quick(name), *BRIEF)
+    result = small_run(*overrides, f"run_dir={whole}")
+    assert result.metrics["acc_cil"]["value"] is not None
+    assert result.learner.seen_classes() == list(range(10))
+    assert json.loads((whole / "metrics.json").read_text()) == result.metrics
+    shutil.copytree(whole, cut)
+    (cut / "metrics.json").unlink()
+    checkpoints = sorted((cut / "checkpoints").iterdir())
+    for later in checkpoints[3:] if len(checkpoints) > 3 else checkpoints:
+        shutil.rmtree(later)
+    small_run(*overrides, f"run_dir={cut}", "resume=auto")
+    for file in ("metrics.json", "accuracy_matrix.csv", "checkpoints/task_4/model.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("setting", ["class", "task"])
@@ -55,9 +96,20 @@ def test_joint_modes_fill_their_rows(mode, small_run, tmp_path):
 @pytest.mark.parametrize("preset", groups()["experiment"])
 def test_a_preset_composes_into_a_valid_configuration(preset):
     config = parse(compose([f"experiment={preset}"]))
-    assert config.backbone.input_norm == "unit"
-    assert config.trainer.batch_size == 128
-    assert config.trainer.drop_last
+    build_strategies(config.strategy)
+    if config.backbone.kind == "resnet18_cifar":
+        assert config.optimizer.name == "sgd"
+        assert config.trainer.batch_size == 32
+    elif preset not in ("smoke_grid", "mir_cifar10"):
+        assert config.backbone.input_norm == "unit"
+        assert config.trainer.batch_size == 128
+        assert config.trainer.drop_last
+
+
+def test_the_smoke_grid_runs_every_strategy():
+    (words,) = [w for w in with_experiment(["experiment=smoke_grid"]) if w.startswith("strategy=")]
+    named = set(re.findall(r"[a-z0-9_]+", words.partition("=")[2]))
+    assert named == set(registry.strategies.names())
 
 
 @pytest.mark.parametrize("scenario", groups()["scenario"])
@@ -68,18 +120,3 @@ def test_every_scenario_is_a_valid_configuration(scenario):
 @pytest.mark.parametrize("backbone", groups()["backbone"])
 def test_every_backbone_is_a_valid_configuration(backbone):
     assert parse(compose([f"backbone={backbone}"])).backbone.kind in registry.backbones
-
-
-@pytest.mark.parametrize("name", registry.strategies.names())
-def test_a_run_cut_off_after_a_task_ends_with_the_same_bytes(name, small_run, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    overrides = (f"strategy={name}", "scenario.train_per_class=6", "logger=[]")
-    small_run(*overrides, f"run_dir={whole}")
-    shutil.copytree(whole, cut)
-    (cut / "metrics.json").unlink()
-    checkpoints = sorted((cut / "checkpoints").iterdir())
-    for later in checkpoints[2:] if len(checkpoints) > 2 else checkpoints:
-        shutil.rmtree(later)
-    small_run(*overrides, f"run_dir={cut}", "resume=auto")
-    for file in ("metrics.json", "accuracy_matrix.csv", "checkpoints/task_4/model.safetensors"):
-        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file

@@ -125,7 +125,7 @@ def test_an_image_held_out_in_one_domain_is_trained_on_in_none():
         ({"kind": "rotated_digits"}, r"scenario\.setting=class"),
         ({"kind": "rotated_digits", "setting": "domain", "domains": [0.0]}, r"scenario\.domains"),
         ({"augment_scale": [0.5]}, r"scenario\.augment_scale"),
-        ({"boundaries": "hidden"}, r"scenario\.boundaries=hidden"),
+        ({"boundaries": "visible"}, r"scenario\.boundaries=visible.*shown"),
         ({"traim_per_class": 3}, "train_per_class"),
         ({"kind": "image_folder"}, r"scenario\.path"),
         ({"kind": "avalanche", "benchmark": "SplitMNST"}, "SplitMNIST"),
