@@ -186,6 +186,17 @@ class ReplayBuffer(HostState):
         self.policy.drop_task(task_id, contents)
         self._retain(np.flatnonzero(contents.task_ids != task_id))
 
+    @torch.no_grad()
+    def keep_columns(self, kept: Ints) -> None:
+        """Keep the given columns of the stored logits (ascending) and wipe the others; later columns move up."""
+        logits, counts = self._buffers.get("logits"), self._buffers.get("num_columns")
+        if logits is None or counts is None:
+            return
+        index = self._on_device(torch.from_numpy(kept))
+        logits[:, : len(kept)] = logits.index_select(1, index)
+        logits[:, len(kept) :] = 0
+        counts.copy_((index < counts[:, None]).sum(1))
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def sample(

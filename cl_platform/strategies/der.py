@@ -21,6 +21,10 @@ class DERConfig(ReplayConfig):
         "every_epoch", doc="offer an example once, or in every epoch", choices=("first_epoch", "every_epoch")
     )
     alpha: float = setting(0.3, doc="weight of the matched logits", min=0)
+    columns: str = setting(
+        "seen", doc="the mean divides by the seen columns, or by as many as the stream has classes",
+        choices=("seen", "all"),
+    )  # fmt: skip
 
 
 @strategies.register("der")
@@ -29,7 +33,8 @@ class DER(Replay):
 
     Stored are the raw logits of the training-mode forward pass of the step in which the example came, before that
     step's update; they are matched on a new augmentation. Columns of classes that came later are left out of the sum,
-    while the mean still divides by all current columns.
+    while the mean still divides by all current columns. The released code has a column for every class from the start
+    and divides by that many: ``columns=all`` gives a published ``alpha`` its meaning.
     """
 
     name = "der"
@@ -40,14 +45,24 @@ class DER(Replay):
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """The distance on one draw."""
-        replayed = self.draw()
-        if replayed is None or self.config.alpha == 0:
+        rows = self.drawn()
+        if rows is None or self.config.alpha == 0:
             return {}
-        replayed = self.context.targets(replayed)
+        replayed = self.context.targets(self.ready(rows))
         logits = step.forward(replayed).logits
-        return {"logits": self.config.alpha * logit_distance(logits, replayed.extra["stored"], replayed.extra["known"])}
+        width = self.context.num_classes if self.config.columns == "all" else None
+        distance = logit_distance(logits, replayed.extra["stored"], replayed.extra["known"], width)
+        return {"logits": self.config.alpha * distance}
 
 
-def logit_distance(logits: Tensor, stored: Tensor, known: Tensor) -> Tensor:
-    """Mean over the entries (b, S) of the squared difference; an entry that was not stored counts as zero."""
-    return torch.where(known, logits.float() - stored, 0.0).square().mean()
+def logit_distance(logits: Tensor, stored: Tensor, known: Tensor, width: int | None = None) -> Tensor:
+    """Mean over the entries (b, S) of the squared difference; an entry that was not stored counts as zero.
+
+    Args:
+        logits: (b, S).
+        stored: (b, S).
+        known: (b, S), which of them were stored.
+        width: columns that the mean divides by; S by default.
+    """
+    squares = torch.where(known, logits.float() - stored, 0.0).square()
+    return squares.mean() if width is None else squares.sum() / (len(squares) * width)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cl_platform.config import setting
+from cl_platform.errors import UserError
 from cl_platform.heads import cross_entropy
 from cl_platform.registry import strategies
-from cl_platform.strategies.base import Needs, Step
+from cl_platform.strategies.base import Context, Needs, Step
 from cl_platform.strategies.replay import Replay, ReplayConfig
 
 
@@ -35,6 +36,17 @@ class ERACE(Replay):
     needs = Needs(boundaries=False)
     owns = frozenset({"buffer", "classification"})
     stability = frozenset({"replay"})
+
+    def attach(self, context: Context) -> None:
+        """Take the learner's parts.
+
+        Raises:
+            UserError: ``task_free=false`` where the whole stream is one task.
+        """
+        super().attach(context)
+        if self.config.task_free is False and not context.boundaries:
+            key = f"strategy.{self.name}.task_free"
+            raise UserError(key, False, "with hidden bounds the whole stream is the first task", f"Set {key}=true")
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Both terms; a plain cross-entropy in the first task unless ``task_free``."""

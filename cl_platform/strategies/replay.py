@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from cl_platform.scenarios import Task
 
 INSERTS = ("first_epoch", "every_epoch")
+RECORDS = ("arrival", "brought", "shaped")
+"""Class ids in the order of the columns of stored logits, the tasks that brought them, and all tasks trained so far, a
+dropped one included: what they left in logits and in choices by features stays."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ class Replay(Strategy):
         super().__init__(config)
         self._step = 0
         self.arrival: Tensor
-        self.register_buffer("arrival", torch.zeros(0, dtype=torch.int64))  # class ids in the order of their columns
+        self.brought: Tensor
+        self.shaped: Tensor
+        for name in RECORDS:
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}arrival" in state_dict:
-            self.arrival = torch.zeros_like(state_dict[f"{prefix}arrival"], device=self.arrival.device)
+        for name in RECORDS:
+            if f"{prefix}{name}" in state_dict:
+                setattr(self, name, torch.zeros_like(state_dict[f"{prefix}{name}"], device=self.arrival.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def attach(self, context: Context) -> None:
@@ -73,16 +80,33 @@ class Replay(Strategy):
                 self.config.buffer, context.seed, context.image_shape, columns, context.num_tasks
             )
         context.buffer, context.draw, context.replay = self.buffer, self.draw, self.lend
+        if self.buffer.policy.when == "task_end" and not context.boundaries:
+            raise UserError(
+                f"strategy.{self.name}.buffer.policy", self.config.buffer.policy,
+                "chooses when a task has ended, and hidden bounds let none end before the stream does", "Use reservoir",
+            )  # fmt: skip
         if self.stores_logits and self.buffer.policy.when == "task_end":
             raise UserError(
                 f"strategy.{self.name}.buffer.policy", self.config.buffer.policy,
                 "chooses when a task has ended, and logits are stored while it trains", "Use reservoir",
             )  # fmt: skip
-        if self.buffer.capacity < context.num_classes:
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse a buffer without room for all groups that its policy will divide it among."""
+        context, own = self.context, self.config.buffer
+        again = context.setting == "domain" and self.buffer.policy.needs_features  # a class counts once a task
+        groups = context.num_classes * (context.num_tasks if again else 1)
+        key, given = ("size", self.buffer.capacity) if own.bytes is None else ("bytes", own.bytes)
+        if self.buffer.capacity < groups:
             raise UserError(
-                f"strategy.{self.name}.buffer.size", self.buffer.capacity,
-                f"the stream has {context.num_classes} classes, and a buffer must hold an example of each",
-                "Raise it",
+                f"strategy.{self.name}.buffer.{key}", given,
+                f"the stream has {groups} classes, and a buffer must hold an example of each", "Raise it",
+            )  # fmt: skip
+        if own.fixed_classes is not None and own.fixed_classes < context.num_classes:
+            raise UserError(
+                f"strategy.{self.name}.buffer.fixed_classes", own.fixed_classes,
+                f"the stream has {context.num_classes} classes", f"Set it to {context.num_classes}, or to null",
             )  # fmt: skip
 
     def begin_task(self, task: Task) -> None:
@@ -90,7 +114,13 @@ class Replay(Strategy):
         self._task_id = task.task_id
         known = set(self.arrival.tolist())
         new = [c for c in self.context.head.classes if c not in known]
-        self.arrival = torch.cat((self.arrival, torch.tensor(new, dtype=torch.int64, device=self.arrival.device)))
+        self._note("arrival", new)
+        self._note("brought", [task.task_id] * len(new))
+        self._note("shaped", [task.task_id] if task.task_id not in self.shaped.tolist() else [])
+
+    def _note(self, name: str, numbers: list[int]) -> None:
+        before: Tensor = getattr(self, name)
+        setattr(self, name, torch.cat((before, torch.tensor(numbers, dtype=torch.int64, device=before.device))))
 
     def draw(self, count: int | None = None) -> Batch | None:
         """Replayed images, augmented anew, with the column ``stored`` (b, S) where logits are kept.
@@ -155,16 +185,24 @@ class Replay(Strategy):
                 offer_task(self.buffer, task, self.context, self._step)
 
     def components(self) -> Iterator[Component]:
-        """The buffer belongs to every task that offered examples to it."""
+        """The buffer belongs to every task that offered examples to it, and where the learner had a say in what is
+        stored, by its logits or features, to every task it was trained on."""
         yield from super().components()
-        tensors = {f"buffer.{name}": tensor for name, tensor in self.buffer.state_dict().items()}
-        yield Component("buffer", tuple(sorted(self.buffer.offered() | self.buffer.owners())), "buffer", tensors)
-        yield Component("arrival", tuple(self.context.head.blocks.task_ids), "bookkeeping", {"arrival": self.arrival})
+        owners = self.buffer.offered() | self.buffer.owners()
+        if self.stores_logits or self.buffer.policy.needs_features:
+            owners |= set(self.shaped.tolist())
+        yield Component("buffer", tuple(sorted(owners)), "buffer", dict(self.buffer.state_dict()))
+        for name, tasks in (("arrival", self.brought), ("brought", self.brought), ("shaped", self.shaped)):
+            owned = tuple(sorted(set(tasks.tolist())))
+            yield Component(name, owned, "bookkeeping", {name: getattr(self, name)})
 
     def drop_task(self, task_id: int) -> None:
-        """Remove the task's rows."""
+        """Remove the task's rows, and the columns of its classes from the logits of the others."""
         super().drop_task(task_id)
         self.buffer.drop_task(task_id)
+        kept = (self.brought != task_id).nonzero()[:, 0]
+        self.buffer.keep_columns(kept.cpu().numpy())
+        self.arrival, self.brought = self.arrival[kept], self.brought[kept]
 
     def inspect(self) -> dict[str, Any]:
         """How full the buffer is, and with what."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tiny import differing
@@ -39,6 +40,16 @@ def test_columns_that_came_later_are_left_out_of_the_sum_and_counted_in_the_mean
     logits, stored = torch.tensor([[1.0, 2, 7, 9]]), torch.tensor([[0.0, 0, 0, 0]])
     known = torch.tensor([[True, True, False, False]])
     assert logit_distance(logits, stored, known).item() == pytest.approx((1 + 4) / 4)
+
+
+def test_the_mean_may_divide_by_all_classes_of_the_stream(learner_of):
+    logits, known = torch.tensor([[1.0, 2]]), torch.ones(1, 2, dtype=torch.bool)
+    assert logit_distance(logits, torch.zeros(1, 2), known, 4).item() == pytest.approx((1 + 4) / 4)
+    bench = learner_of({"der": {"columns": "all", "alpha": 2.0}}, **SGD).learn(0).begin(1)
+    step, terms = bench.step()
+    replayed = step.passes[-1]
+    difference = replayed.logits[:, :2] - replayed.batch.extra["stored"][:, :2]  # 2 of the 6 classes were stored
+    assert terms["der/logits"].item() == pytest.approx(2 * (difference.square().sum() / (8 * 6)).item(), rel=1e-5)
 
 
 def test_a_constant_added_to_all_logits_of_a_row_changes_the_loss():
@@ -163,3 +174,34 @@ def test_matching_is_done_in_float32_under_autocast(learner_of):
 def test_a_policy_that_waits_for_the_end_of_a_task_has_no_logits_to_store(learner_of):
     with pytest.raises(UserError, match=r"strategy\.der\.buffer\.policy=herding.*Use reservoir"):
         learner_of({"der": {"buffer": {"policy": "herding"}}})
+
+
+@pytest.mark.parametrize("name", ["der", "derpp"])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_nothing_of_a_dropped_task_stays_in_logits_and_learning_goes_on(learner_of, name, gone):
+    bench = learner_of({name: {"insert": "first_epoch", "buffer": {"size": 60}}}, **SGD).learn(0, 1)
+    strategy, other = of(bench), 1 - gone
+    before = dict(zip(strategy.buffer.example_ids[:32].tolist(), strategy.buffer.logits[:32].clone(), strict=True))
+    strategy.drop_task(gone)
+    bench.learner.head.blocks.drop(gone)
+    assert strategy.arrival.tolist() == [2 * other, 2 * other + 1]
+    for slot in range(16):
+        held, count = strategy.buffer.logits[slot], int(strategy.buffer.num_columns[slot])
+        was = before[strategy.buffer.example_ids[slot].item()]
+        own = was[2 * other : 2 * other + 2] if other == 1 or gone == 1 else was[:2]
+        assert count == 2 and torch.equal(held[:2], own) and not held[2:].any()
+    owners = {c.name: c.tasks for c in strategy.components()}
+    assert owners["buffer"] == (0, 1)  # the learner that gave the logits was trained on both
+    assert owners["arrival"] == (other,)
+    bench.learn(2)
+    assert strategy.buffer.owners() == {other, 2}
+
+
+def test_columns_find_their_classes_after_resuming(learner_of):
+    one = learner_of({"der": {"buffer": {"size": 60}}}, **SGD).learn(2, 0)
+    other = learner_of({"der": {"buffer": {"size": 60}}}, **SGD)
+    other.learner.load_learnt_state(one.learner.learnt_state())
+    assert of(other).arrival.tolist() == [4, 5, 0, 1]
+    drawn = [of(bench).ready(of(bench.begin(1)).buffer.read(np.arange(16))) for bench in (one, other)]
+    for column in ("stored", "known"):
+        assert torch.equal(drawn[0].extra[column], drawn[1].extra[column])

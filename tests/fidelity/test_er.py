@@ -57,6 +57,14 @@ def test_a_draw_of_nothing_is_finetuning_bit_for_bit(learner_of):
     assert not differing(mine, plain.learner.state_dict())
 
 
+def test_rows_that_are_fewer_than_wanted_share_the_weight_of_the_replayed_mean(learner_of):
+    bench = learner_of({"er": {"loss": "sum", "batch_size": 40}}, **SGD).learn(0).begin(1)
+    step, terms = bench.step()
+    assert len(step.batch) == 8 + 16
+    parts = F.cross_entropy(step.logits, step.batch.labels, reduction="none")
+    assert terms["learner/ce"].item() == pytest.approx((parts[:8].mean() + parts[8:].mean()).item(), rel=1e-6)
+
+
 # -- the order inside a step ------------------------------------------------------------------------------------------
 
 
@@ -150,6 +158,24 @@ def test_a_policy_may_choose_among_all_images_of_a_finished_task(learner_of, pol
     assert not step.batch.is_replay.any()
 
 
+@pytest.mark.parametrize(
+    ("policy", "setting"),
+    [(p, s) for p in ("ring", "class_balanced", "reservoir_balanced") for s in ("class", "domain")]
+    + [("greedy", "class")],  # which takes no more of a class that has its share
+)
+def test_every_policy_keeps_examples_of_every_task(learner_of, policy, setting):
+    keys = {"buffer": {"policy": policy, "size": 12}}
+    bench = learner_of({"er": keys}, stream={"setting": setting}, **SGD).learn(0, 1, 2, epochs=1)
+    assert of(bench).buffer.owners() == {0, 1, 2}
+    assert len(of(bench).buffer) == 12
+
+
+def test_every_tensor_has_its_owner_under_its_key(learner_of):
+    bench = learner_of({"er": {}}, **SGD).learn(0, 1)
+    owned = {c.name if c.name == n else f"{c.name}.{n}" for c in of(bench).components() for n in c.tensors}
+    assert owned == set(of(bench).state_dict())
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +190,8 @@ def test_a_policy_may_choose_among_all_images_of_a_finished_task(learner_of, pol
             r"er\.buffer\.per_task=300.*Change strategy\.er\.buffer\.per_task or",
         ),
         ({"policy": "ring", "per_task": 100}, r"strategy\.er\.buffer\.per_task=100: 3 tasks need 300 slots"),
+        ({"policy": "class_balanced", "fixed_classes": 3}, r"strategy\.er\.buffer\.fixed_classes=3: the stream has 6"),
+        ({"bytes": 4000}, r"strategy\.er\.buffer\.bytes=4000: the stream has 6 classes"),
         ({"policy": "resevoir"}, r"strategy\.er\.buffer\.policy=resevoir.*reservoir"),
     ],
 )
