@@ -1,10 +1,17 @@
 """Several runs from one command, and their table."""
 
 import io
+import os
 
+import pytest
 from rich.console import Console
 
-from cl_platform.cli.sweep import Outcome, closing_table, with_experiment
+from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
+from cl_platform.cli.train import train
+from cl_platform.errors import UserError
+
+QUICK = ["strategy=nmc", "scenario.train_per_class=4", "scenario.test_per_class=2", "trainer.progress=false"]
+BARE = ["logger=[]", "report.html=false", "evaluation=off"]
 
 
 def shown(outcomes, width=80):
@@ -57,3 +64,32 @@ def test_a_failed_run_is_a_failed_cell_and_an_undefined_number_a_dash():
     assert "failed" in text and "90.0 / -" in text
     assert failed.line == "strategy=lora seed=0: strategy.lora: needs a ViT. Choose one."
     assert outcome("experiment=smoke_grid strategy=er").line == "strategy=er: accuracy 50.0, forgetting 25.0, 2.0 s"
+
+
+def test_an_experiment_that_sweeps_is_not_one_of_several():
+    with pytest.raises(UserError, match="smoke_grid is a sweep of its own"):
+        with_experiment(["-m", "experiment=er_cifar10,smoke_grid"])
+
+
+def test_outcomes_come_back_in_the_order_of_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv(DESK, str(tmp_path))
+    left = [outcome(f"seed={seed}", seed / 10) for seed in range(12)]
+    for number in (11, *range(11)):
+        left[number].leave(number)
+    assert outcomes_on(tmp_path) == left
+
+
+def test_a_refused_run_does_not_stop_the_others_and_decides_the_exit_code(capsys):
+    words = ["-m", *QUICK, *BARE, "backbone=resnet18_slim", "strategy=lora,nmc"]
+    assert train([word for word in words if word != "strategy=nmc"]) == 2
+    shown = capsys.readouterr()
+    assert "error: strategy=lora" in shown.err
+    assert "failed" in shown.out and "Sweep" in shown.out and "strategy=nmc: accuracy" in shown.out
+    assert DESK not in os.environ
+
+
+def test_runs_in_processes_of_their_own_come_into_the_same_table(capfd):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["-m", *QUICK, *BARE, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    assert train(words) == 0
+    assert "±" in capfd.readouterr().out

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_platform.cli.compose import config_folder
+from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from cl_platform.run import RunResult
 
 ASIDE = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i")
+DESK = "CL_PLATFORM_SWEEP"
+"""Environment variable with the folder in which the runs of a sweep, maybe in other processes, leave their outcome."""
+
 NUMBERS = (("acc", "accuracy"), ("forgetting", "forgetting"))
 """Metrics of the closing table, and their names."""
 
@@ -23,19 +30,36 @@ def with_experiment(arguments: Sequence[str]) -> list[str]:
     """The arguments, with the values that a chosen experiment runs through, such as all strategies.
 
     A key that the user gave a value keeps that one.
-    """
-    import yaml
 
+    Raises:
+        UserError: one that sweeps is itself one of several.
+    """
     words = list(arguments)
     chosen = next((w.partition("=")[2] for w in reversed(words) if w.startswith("experiment=")), "")
-    file = config_folder() / "experiment" / f"{chosen}.yaml"
-    if not chosen or not file.is_file() or any(word.partition("=")[0] in ASIDE for word in words):
+    if not chosen or any(word.partition("=")[0] in ASIDE for word in words):
         return words
-    swept: Mapping[str, Sequence[Any]] = yaml.safe_load(file.read_text(encoding="utf-8")).get("sweep") or {}
+    several = [name for name in chosen.split(",") if _swept(name)]
+    if several and chosen != several[0]:
+        raise UserError(
+            "experiment", chosen, f"{several[0]} is a sweep of its own", f"Run experiment={several[0]} alone"
+        )
+    swept = _swept(chosen)
     given = {word.partition("=")[0] for word in words}
     added = [f"{key}={','.join(_element(v) for v in values)}" for key, values in swept.items() if key not in given]
     many = [] if "-m" in words or "--multirun" in words or not added else ["-m"]
     return [*many, *words, *added]
+
+
+def _swept(name: str) -> Mapping[str, Sequence[Any]]:
+    import yaml
+
+    file = config_folder() / "experiment" / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # what cannot be read is refused where it is composed
+        return {}
+    swept = content.get("sweep") if isinstance(content, dict) else None
+    return swept if isinstance(swept, dict) else {}
 
 
 def _element(value: Any) -> str:
@@ -51,12 +75,18 @@ class Outcome:
         numbers: metrics by key; ``None`` where one is undefined.
         seconds: wall time of the run.
         failure: the line that says why there are no numbers.
+        code: what a process that made this run alone would have ended with.
     """
 
     words: tuple[str, ...]
     numbers: Mapping[str, float | None] = field(default_factory=dict)
     seconds: float = 0.0
     failure: str | None = None
+    code: int = 0
+
+    def leave(self, number: int) -> None:
+        """Lay it where the process that started the sweep looks for it."""
+        (Path(os.environ[DESK]) / f"{number:06d}.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def of(cls, words: Sequence[str], result: RunResult) -> Outcome:
@@ -72,6 +102,12 @@ class Outcome:
             return f"{name}: {self.failure}"
         shown = ", ".join(f"{title} {_percent([self.numbers[key]])}" for key, title in NUMBERS)
         return f"{name}: {shown}, {self.seconds:.1f} s"
+
+
+def outcomes_on(desk: Path) -> list[Outcome]:
+    """All outcomes that were left, in the order of the runs."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(desk.glob("*.json"))]
+    return [Outcome(**{**fields, "words": tuple(fields["words"])}) for fields in found]
 
 
 def closing_table(outcomes: Sequence[Outcome]) -> Table:

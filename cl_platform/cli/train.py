@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys, groups, sweep_runs
 from cl_platform.cli.failures import our_fault, refused
-from cl_platform.cli.sweep import Outcome, closing_table, with_experiment
+from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,13 +32,13 @@ def train(arguments: Sequence[str]) -> int:
     Returns:
         0 done, 2 the user's input, 70 a bug of ours, 130, 141 or 143 after Ctrl-C, a closed pipe or SIGTERM.
     """
-    arguments = with_experiment(arguments)
-    overrides = [a for a in arguments if not a.startswith("-")]
     # Waiting threads sleep instead of spinning: on a machine that does other work too, spinning made small matrix
     # products on 2 cores ten times slower. Read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    debug = any(a.lower() == "debug=true" for a in overrides)
+    debug = any(a.lower() == "debug=true" for a in arguments)
     try:
+        arguments = with_experiment(arguments)
+        overrides = [a for a in arguments if not a.startswith("-")]
         _check_flags(arguments)
         check_choices(overrides)
         return _with_hydra(list(arguments), overrides)
@@ -71,44 +75,58 @@ def _with_hydra(arguments: list[str], overrides: list[str]) -> int:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if any(word in ("-m", "--multirun") for word in arguments):
+    sweep = any(word in ("-m", "--multirun") for word in arguments)
+    if sweep:
         _check_sweep(overrides)
     codes: list[int] = []
     failures: list[Exception] = []  # raised inside the job, Hydra would print a line of its own
-    outcomes: list[Outcome] = []  # of a sweep
 
     @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
     def job(cfg: Any) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _one_of_many(cfg, list(HydraConfig.get().overrides.task), int(HydraConfig.get().job.num))
+            return
         try:
-            raw = OmegaConf.to_container(cfg, resolve=True)
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                codes.append(_one_of_many(raw, arguments, HydraConfig.get().overrides.task, outcomes))
-            else:
-                codes.append(_one_run(raw, arguments))
+            codes.append(_one_run(OmegaConf.to_container(cfg, resolve=True), arguments))
         except Exception as failure:
             failures.append(failure)
 
-    argv, before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting
-    try:
-        job()
-    except (HydraException, OmegaConfBaseException) as error:
-        chosen = [o for o in overrides if o.partition("=")[0] in groups() and "," not in o.partition("=")[2]]
-        raise explain(error, overrides, flat_keys(compose(chosen))) from error
-    finally:
-        sys.argv = argv
-        if before is None:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+    with _hydras_surroundings(arguments), tempfile.TemporaryDirectory() as desk:
+        os.environ[DESK] = desk
+        try:
+            job()
+        except (HydraException, OmegaConfBaseException) as error:
+            chosen = [o for o in overrides if o.partition("=")[0] in groups() and "," not in o.partition("=")[2]]
+            raise explain(error, overrides, flat_keys(compose(chosen))) from error
+        finally:
+            outcomes = outcomes_on(Path(desk))
+            if outcomes:
+                _print_sweep(outcomes)
     if failures and isinstance(failures[0], OmegaConfBaseException):
         raise explain(failures[0], overrides) from failures[0]
     if failures:
         raise failures[0]
-    if outcomes:
-        _print_sweep(outcomes)
-    return max(codes, default=0)
+    missing = len(sweep_runs(overrides)) - len(outcomes) if sweep else 0
+    if missing > 0:
+        print(f"{missing} runs of the sweep left no result on this machine", file=sys.stderr)
+    return max([*codes, *(outcome.code for outcome in outcomes)], default=0)
+
+
+@contextmanager
+def _hydras_surroundings(arguments: list[str]) -> Iterator[None]:
+    """The process's arguments and environment as Hydra needs them; put back afterwards."""
+    argv, before = sys.argv, {name: os.environ.get(name) for name in ("HYDRA_FULL_ERROR", DESK)}
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and exiting
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _check_sweep(overrides: list[str]) -> None:
@@ -145,32 +163,36 @@ def _one_run(raw: Any, arguments: Sequence[str]) -> int:
     try:
         result = _run(raw)
     except Interrupted as stop:
-        again = " ".join(["python train.py", *(a for a in arguments if not a.startswith("resume=")), "resume=auto"])
+        words = (a for a in arguments if not a.startswith("resume="))
+        again = shlex.join(["python", "train.py", *words, "resume=auto"])
         print(f"stopped; to go on after the last finished task: {again}", file=sys.stderr)
         return stop.exit_code
     _print_table(result)
     return 0
 
 
-def _one_of_many(raw: Any, arguments: Sequence[str], words: Sequence[str], outcomes: list[Outcome]) -> int:
+def _one_of_many(cfg: Any, words: Sequence[str], number: int) -> None:
     """One run of a sweep: a line at its end; a failure is said at once and does not stop the others."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     from cl_platform.callbacks.interruption import Interrupted
 
     try:
-        outcomes.append(Outcome.of(words, _run(raw)))
+        outcome = Outcome.of(words, _run(OmegaConf.to_container(cfg, resolve=True)))
+        print(outcome.line, flush=True)
     except Interrupted as stop:
-        if outcomes:
-            _print_sweep(outcomes)
-        print(f"stopped in {' '.join(words)}; the runs before it are done", file=sys.stderr)
+        again = shlex.join(["python", "train.py", *(w for w in words if not w.startswith("resume=")), "resume=auto"])
+        print(f"stopped; the runs before this one are done. To go on with it: {again}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from stop
-    except UserError as error:
-        outcomes.append(Outcome(tuple(words), failure=str(error)))
-        return refused(error, bool(raw.get("debug")))
+    except (UserError, OmegaConfBaseException) as error:
+        refusal = error if isinstance(error, UserError) else explain(error, words)
+        outcome = Outcome(tuple(words), failure=str(refusal), code=refused(refusal, bool(cfg.get("debug"))))
     except Exception as error:
-        outcomes.append(Outcome(tuple(words), failure=f"{type(error).__name__}, a fault of cl_platform"))
-        return our_fault(error)
-    print(outcomes[-1].line, flush=True)
-    return 0
+        outcome = Outcome(
+            tuple(words), failure=f"{type(error).__name__}, a fault of cl_platform", code=our_fault(error)
+        )
+    outcome.leave(number)
 
 
 def _run(raw: Any) -> RunResult:
