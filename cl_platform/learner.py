@@ -176,7 +176,8 @@ class ContinualLearner(Answering):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch; a frozen dataclass is not moved by Lightning itself. Its ids stay on the host as well."""
         moved = batch.to(device, non_blocking=True)
-        self._host = (moved.labels, batch.replace(images=batch.images[:, :0], extra={}))
+        passes = {name: column for name, column in batch.extra.items() if name == "pass"}
+        self._host = (moved.labels, batch.replace(images=batch.images[:, :0], extra=passes))
         return moved
 
     def on_train_epoch_start(self) -> None:

@@ -10,6 +10,7 @@ import cl_platform.strategies  # noqa: F401  registers the strategies
 from cl_platform import registry
 from cl_platform.errors import UserError
 from cl_platform.plan import Plan
+from cl_platform.scenarios import as_told
 
 NAMES = registry.strategies.names()
 FREE = [name for name in NAMES if not registry.strategies.get(name).needs.boundaries]
@@ -25,8 +26,6 @@ def config_for(name):
 
 def through(name, **changes):
     """A learner that went through the hidden stream as a run lets it."""
-    from cl_platform.scenarios import as_told
-
     config = config_for(name)
     learner = built(config, as_told(HIDDEN))
     plan = Plan(dataclasses.replace(config.trainer, **changes), 0, HIDDEN, learner.composition)
@@ -79,3 +78,28 @@ def test_a_run_with_shown_bounds_is_planned_as_before():
     assert not plan.through
     assert plan.phases == plan.looks
     assert (plan.epochs, plan.passes, plan.updates) == (3, 1, [6, 6])
+
+
+@pytest.mark.parametrize(("insert", "offers"), [("first_epoch", 32), ("every_epoch", 96)])
+def test_passes_inside_the_one_epoch_offer_an_image_once(insert, offers):
+    config = config_of("er", strategy={"insert": insert})
+    learner = built(config, as_told(HIDDEN))
+    plan = Plan(dataclasses.replace(config.trainer, max_epochs=3, batch_size=10), 0, HIDDEN, learner.composition)
+    learner.trainer = trainer_for(config)
+    learner.begin_task(plan.phases[0].task, 1)
+    learner.trainer.fit(learner, train_dataloaders=plan.loader(plan.phases[0]))
+    buffer = learner.composition.members["er"].buffer
+    assert len(buffer) == offers  # a batch may hold images of two passes
+    assert buffer.unique == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("er", {"buffer": {"policy": "herding"}}, r"strategy\.er\.buffer\.policy=herding.*hidden bounds"),
+        ("er_ace", {"task_free": False}, r"strategy\.er_ace\.task_free=false.*hidden bounds"),
+    ],
+)
+def test_what_would_never_happen_without_bounds_is_refused(name, keys, message):
+    with pytest.raises(UserError, match=message):
+        built(config_of(name, strategy=keys), as_told(HIDDEN))

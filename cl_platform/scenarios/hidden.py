@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from cl_platform.batch import Batch
 from cl_platform.scenarios.loader import TaskLoader
 from cl_platform.scenarios.mixture import concatenate
 from cl_platform.scenarios.stream import Stream, Task
@@ -54,6 +55,14 @@ class StreamLoader(TaskLoader):
     ) -> None:
         self._tasks, self._passes = list(tasks), passes
         super().__init__(whole.train, whole.task_id, batch_size, seed, drop_last=drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches with a column ``pass``: how often each image came before."""
+        numbers = torch.cat([
+            torch.arange(self._passes).repeat_interleave(len(task.train)) for task in self._tasks
+        ])  # fmt: skip
+        for start, batch in zip(range(0, len(numbers), self.batch_size), super().__iter__(), strict=False):
+            yield batch.with_extra(**{"pass": numbers[start : start + len(batch)]})
 
     def order(self, epoch: int) -> Tensor:
         """Rows of the one task in their order, the same in every epoch."""

@@ -168,15 +168,26 @@ class Replay(Strategy):
         self._step = step.global_step
         if self.buffer.policy.when == "task_end":
             return
-        if self.config.insert == "first_epoch" and step.epoch > 0:
-            return
-        raw, host = step.batch.extra["raw"][: step.current], step.host
-        logits = None
-        if self.stores_logits:
+        raw, host, rows = step.batch.extra["raw"][: step.current], step.host, None
+        logits = step.logits[: step.current].detach().float() if self.stores_logits else None
+        if self.config.insert == "first_epoch":
+            rows = self._new_rows(step)
+            if not len(rows):
+                return
+        if rows is not None and len(rows) < step.current:
+            host, index = host.select(rows), rows.to(raw.device, non_blocking=True)
+            raw, logits = raw.index_select(0, index), None if logits is None else logits.index_select(0, index)
+        if logits is not None:
             arrived = torch.searchsorted(self.arrival.sort().values, self.arrival)  # column of each class, ascending
-            logits = step.logits[: step.current].detach().float()[:, arrived]  # (B, S) in the order of arrival
+            logits = logits[:, arrived]  # (B, S) in the order of arrival
         with keys_below(f"strategy.{self.name}", "buffer"):
             self.buffer.insert(raw, host.labels, host.task_ids, host.example_ids, step.global_step, logits)
+
+    @staticmethod
+    def _new_rows(step: Step) -> Tensor:
+        """Rows of the current batch whose images come for the first time; a hidden stream passes within an epoch."""
+        again = step.host.extra.get("pass", torch.full((step.current,), step.epoch))
+        return (again == 0).nonzero()[:, 0]
 
     def end_task(self, task: Task) -> None:
         """Offer the whole task to a policy that waits for its end."""

@@ -48,7 +48,7 @@ def test_a_full_buffer_holds_as_many_of_each_class():
 
 
 def test_the_first_examples_of_each_class_stay_with_first_k():
-    learner, config, strategy = gdumb(buffer={"size": 12, "mode": "first_k", "fixed_classes": 4}, passes=0)
+    learner, config, strategy = gdumb(buffer={"size": 30, "mode": "first_k", "fixed_classes": 10}, passes=0)
     learn(learner, config, digits().tasks)
     assert torch.bincount(torch.tensor(strategy.buffer.contents.labels)).tolist() == [3, 3, 3, 3]
 
