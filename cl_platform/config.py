@@ -1,7 +1,8 @@
 """From a plain mapping to a typed, range-checked dataclass, with an error that names the key as the user typed it.
 
 A configuration is a frozen dataclass. Field metadata may hold ``min``, ``max`` (inclusive), ``above`` (exclusive
-lower bound) and ``choices``; see :func:`setting`. The key of a field ``lambda_`` is ``lambda``, a word of Python's own.
+lower bound), ``choices`` and ``only_with``; see :func:`setting`. The key of a field ``lambda_`` is ``lambda``, a word
+of Python's own.
 """
 
 from __future__ import annotations
@@ -26,10 +27,15 @@ def setting(
     max: float | None = None,
     above: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    only_with: tuple[str, tuple[Any, ...]] | None = None,
     factory: Any = dataclasses.MISSING,
 ) -> Any:
-    """A dataclass field with a one-line doc, a range (``min``/``max`` inclusive, ``above`` exclusive) or choices."""
-    metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices}
+    """A dataclass field with a one-line doc, a range (``min``/``max`` inclusive, ``above`` exclusive) or choices.
+
+    ``only_with`` names another key of the group and the values of it with which this one does something; elsewhere only
+    its default is taken, since a value that changes nothing misleads.
+    """
+    metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices, "only_with": only_with}
     if factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,7 +77,23 @@ def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C
         if missing and field.name not in built:
             key = f"{prefix}.{name}" if prefix else name
             raise UserError(key, None, f"a value is needed ({field.metadata.get('doc', name)})", f"Set {key}=...")
-    return cls(**built)
+    made = cls(**built)
+    _refuse_idle(made, fields, prefix)
+    return made
+
+
+def _refuse_idle(made: Any, fields: Mapping[str, dataclasses.Field[Any]], prefix: str) -> None:
+    """Refuse a key with a value of its own that another key keeps from being read."""
+    for name, field in fields.items():
+        if field.metadata.get("only_with") is None:
+            continue
+        other, values = field.metadata["only_with"]
+        value = getattr(made, field.name)
+        if value == field.default or getattr(made, other) in values:
+            continue
+        start = f"{prefix}." if prefix else ""
+        read = f"is read only where {start}{other} is {' or '.join(map(as_typed, values))}"
+        raise UserError(f"{start}{name}", value, read, f"Set {start}{other}={as_typed(values[0])}, or remove it")
 
 
 def _key_of(field_name: str) -> str:

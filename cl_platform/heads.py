@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_platform.batch import constant
 from cl_platform.errors import UserError
 from cl_platform.random_streams import seeded_globals
 from cl_platform.slots import Slots
@@ -59,7 +60,7 @@ class Head(nn.Module):
     @property
     def classes(self) -> list[int]:
         """Seen class ids, ascending: the meaning of the columns of :meth:`forward`."""
-        return sorted(c for block in self.blocks.all("classes") for c in block.tolist())
+        return sorted(c for block in self.blocks.all_numbers("classes") for c in block)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits of all seen classes.
@@ -79,7 +80,7 @@ class Head(nn.Module):
     def parameters_for(self, classes: Sequence[int]) -> list[nn.Parameter]:
         """Weights and biases of the blocks that hold any of ``classes``."""
         wanted = set(classes)
-        ids = [t for t in self.blocks.task_ids if wanted & set(self.blocks.get(t, "classes").tolist())]
+        ids = [t for t in self.blocks.task_ids if wanted & set(self.blocks.numbers(t, "classes"))]
         return [p for t in ids for p in self.blocks.parameters_of(t).values()]
 
 
@@ -91,7 +92,12 @@ def columns_of(classes: Sequence[int], seen: Sequence[int]) -> list[int]:
 
 def targets_among(labels: Tensor, classes: Sequence[int]) -> Tensor:
     """Global class ids (B,) int64 -> their index among the ascending ``classes``, for a loss over those only."""
-    return torch.searchsorted(torch.tensor(sorted(classes), device=labels.device), labels)
+    return torch.searchsorted(constant(sorted(classes), labels.device), labels)
+
+
+def picked(logits: Tensor, columns: Sequence[int]) -> Tensor:
+    """The given columns of logits (B, S), in their order."""
+    return logits.index_select(1, constant(list(columns), logits.device, torch.int64))
 
 
 def cross_entropy(
@@ -115,7 +121,7 @@ def cross_entropy(
     """
     over = sorted(seen) if over is None else sorted(over)
     if len(over) != len(seen):
-        logits = logits[:, columns_of(over, seen)]
+        logits = picked(logits, columns_of(over, seen))
     if weights is None:
         return F.cross_entropy(logits.float(), targets_among(labels, over))
     return (weights * F.cross_entropy(logits.float(), targets_among(labels, over), reduction="none")).sum()

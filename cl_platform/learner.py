@@ -77,7 +77,8 @@ class ContinualLearner(Answering):
             head=self.head,
             cache=self.cache,
             seed=options.seed,
-            num_tasks=len(stream.tasks),
+            num_tasks=stream.planned,
+            length=len(stream.tasks),
             num_classes=stream.num_classes,
             setting=stream.setting,
             online=stream.online,
@@ -273,7 +274,7 @@ class ContinualLearner(Answering):
         return Batch(ready, labels, example_ids, task_ids, torch.ones_like(labels, dtype=torch.bool), extra)
 
     def _log_losses(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        self._all_finite = self._all_finite.to(loss.device) & torch.isfinite(loss.detach())
+        self._all_finite = self._all_finite.to(loss.device, non_blocking=True) & torch.isfinite(loss.detach())
         if self.steps % self.options.log_every:
             return
         self._refuse_infinite()

@@ -116,12 +116,24 @@ def checkpoints(run: Path) -> Iterator[Checkpoint]:
 
 
 def new_run_path(root: Path, scenario: str, strategy: str) -> Path:
-    """``root/<scenario>/<strategy>/<date>_<time>``, with a counter when two runs start in the same second."""
+    """A new empty folder ``root/<scenario>/<strategy>/<date>_<time>``, with a counter where that one is taken.
+
+    Raises:
+        UserError: ``root`` cannot be written.
+    """
     base = root / scenario / strategy / datetime.now().strftime("%Y-%m-%d_%H%M%S")
     path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}_{number}"), number + 1
-    return path
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:  # runs that start in the same second, maybe in other processes
+                path, number = base.with_name(f"{base.name}_{number}"), number + 1
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise UserError("output_root", root, reason, "Choose another folder") from error
 
 
 def latest_run(root: Path, scenario: str, strategy: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Slots(nn.Module):
         self._parameter_names = parameters
         self._buffer_names = buffers
         self.tasks = nn.ModuleDict()
+        self._known: dict[tuple[int, str], tuple[Tensor, int, tuple[int, ...]]] = {}
 
     def add(self, task_id: int, **tensors: Tensor) -> None:
         """Create the slot of ``task_id`` holding ``tensors``; an existing one is replaced."""
@@ -54,6 +56,19 @@ class Slots(nn.Module):
         """The tensor ``name`` of every task, in ascending task id."""
         return [self.get(task_id, name) for task_id in self.task_ids]
 
+    def numbers(self, task_id: int, name: str) -> tuple[int, ...]:
+        """The whole numbers of a remembered tensor, read from the device once for as long as they stay the same."""
+        tensor = self.get(task_id, name)
+        known = self._known.get((task_id, name))
+        if known is None or known[0] is not tensor or known[1] != tensor._version:
+            values = tuple(int(number) for number in tensor.flatten().tolist())
+            known = self._known[task_id, name] = (tensor, tensor._version, values)
+        return known[2]
+
+    def all_numbers(self, name: str) -> list[tuple[int, ...]]:
+        """:meth:`numbers` of every task, in ascending task id."""
+        return [self.numbers(task_id, name) for task_id in self.task_ids]
+
     def parameters_of(self, task_id: int) -> dict[str, nn.Parameter]:
         """The trainable tensors of one task by name."""
         return dict(self.tasks[str(task_id)].named_parameters())
@@ -70,6 +85,18 @@ class Slots(nn.Module):
         """Remove the slot of ``task_id`` if there is one."""
         if str(task_id) in self.tasks:
             del self.tasks[str(task_id)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
+        """A move to a device keeps what the host knows of the numbers."""
+        kept = {
+            (task_id, name): values
+            for (task_id, name), (tensor, version, values) in self._known.items()
+            if task_id in self and self.get(task_id, name) is tensor and tensor._version == version
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = {key: self.get(*key) for key in kept}
+        self._known = {key: (moved[key], moved[key]._version, values) for key, values in kept.items()}
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start = f"{prefix}tasks."

@@ -88,6 +88,18 @@ def test_a_key_may_be_a_word_of_pythons_own():
         typed(Penalty, {"lamda": 1}, "strategy.ewc")
 
 
+def test_a_key_that_would_change_nothing_is_refused():
+    @dataclass(frozen=True)
+    class Mixed:
+        loss: str = setting("mean", choices=("mean", "sum"))
+        weight: float = setting(1.0, only_with=("loss", ("sum",)))
+
+    assert typed(Mixed, {"weight": 1.0}, "strategy.er").weight == 1
+    assert typed(Mixed, {"weight": 2.0, "loss": "sum"}, "strategy.er").weight == 2
+    with pytest.raises(UserError, match=r"strategy\.er\.weight=2\.0: is read only where strategy\.er\.loss is sum"):
+        typed(Mixed, {"weight": 2.0}, "strategy.er")
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # room -> rooms below it
     "finetuning": {"errors", "random_streams"},
     "cost": {"energy", "metrics"},
     "metrics": set(),
-    "heads": {"errors", "random_streams", "slots"},
+    "heads": {"batch", "errors", "random_streams", "slots"},
     "optimizers": {"config", "errors", "strategies"},
     "backbones": {"errors", "config", "registry", "random_streams", "batch"},
     "scenarios": {"errors", "files", "config", "registry", "random_streams", "batch"},

@@ -62,3 +62,11 @@ def test_other_words_than_auto_or_a_folder_are_refused(config, word):
 
 def test_a_folder_may_be_named_by_a_number(config):
     assert str(locate(config("run_dir=2024"))[0]) == "2024"
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(config):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        places = list(pool.map(lambda _: locate(config())[0], range(24)))
+    assert len(set(places)) == 24 and all(path.is_dir() for path in places)

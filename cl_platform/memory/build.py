@@ -28,12 +28,19 @@ class BufferConfig:
     policy: str = setting("reservoir", choices=tuple(POLICIES), doc="which examples stay")
     size: int = setting(200, min=1, doc="examples")
     bytes: int | None = setting(None, min=1, doc="room in bytes instead of size")
-    per_task: int | None = setting(None, min=1, doc="ring: slots of each task; null divides size by the tasks")
-    fixed_classes: int | None = setting(
-        None, min=1, doc="class_balanced, greedy with mode=first_k: divide the slots once among so many classes"
+    per_task: int | None = setting(
+        None, min=1, doc="ring: slots of each task; null divides size by the tasks", only_with=("policy", ("ring",))
     )
-    mode: str = setting("paper", choices=("paper", "first_k"), doc="greedy: as published, or as released")
-    avalanche: str = setting("ClassBalancedBuffer", doc="avalanche: class of avalanche.training.storage_policy")
+    fixed_classes: int | None = setting(
+        None,
+        min=1,
+        doc="class_balanced, greedy with mode=first_k: divide the slots once among so many classes",
+        only_with=("policy", ("class_balanced", "greedy")),
+    )
+    mode: str = setting("paper", choices=("paper", "first_k"), doc="greedy: as published, or as released",
+                        only_with=("policy", ("greedy",)))  # fmt: skip
+    avalanche: str = setting("ClassBalancedBuffer", doc="avalanche: class of avalanche.training.storage_policy",
+                             only_with=("policy", ("avalanche",)))  # fmt: skip
 
 
 def build_policy(

@@ -145,6 +145,7 @@ def _finish(
         online=scenario.online,
         skipped=source.skipped,
         source=source.sentence,
+        left_out=len(set(scenario.skip_tasks)),
     )
 
 

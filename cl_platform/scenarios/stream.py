@@ -47,6 +47,7 @@ class Stream:
         online: whether every task is passed over once.
         skipped: number of unreadable images left out.
         source: a sentence that says where the data came from.
+        left_out: how many tasks of the scenario the stream leaves out.
         hidden: the bounds between tasks are for evaluation alone; see :func:`~cl_platform.scenarios.hidden.as_told`.
     """
 
@@ -61,10 +62,16 @@ class Stream:
     online: bool
     skipped: int
     source: str
+    left_out: int = 0
     hidden: bool = False
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+    @property
+    def planned(self) -> int:
+        """Tasks of the scenario, those left out included: what shares are divided by, so that none shifts."""
+        return len(self.tasks) + self.left_out
 
     def task(self, task_id: int) -> Task:
         """The task of the given id; a KeyError if the stream has none."""

@@ -83,7 +83,7 @@ class Transforms:
         return self._normalise(self._shifted(self._resize(images, self.input_size), flips, generator))
 
     def _normalise(self, values: Tensor) -> Tensor:
-        mean, std = self._mean.to(values.device), self._std.to(values.device)
+        mean, std = (t.to(values.device, non_blocking=True) for t in (self._mean, self._std))
         return (values - mean) / std
 
     def _resize(self, images: Tensor, size: int) -> Tensor:
@@ -100,7 +100,7 @@ class Transforms:
         padding = max(1, size // 8)
         offsets = torch.randint(0, 2 * padding + 1, (count, 2), generator=generator)
         mirrored = torch.rand(count, generator=generator) < 0.5
-        offsets, mirrored = offsets.to(values.device), mirrored.to(values.device)
+        offsets, mirrored = (t.to(values.device, non_blocking=True) for t in (offsets, mirrored))
         places = torch.arange(size, device=values.device)
         rows = offsets[:, :1] + places  # (B, S)
         columns = torch.where((mirrored & flips)[:, None], places.flip(0), places) + offsets[:, 1:]
@@ -114,7 +114,8 @@ class Transforms:
         values = images.to(torch.float32) / 255.0
         if min(images.shape[-2:]) > 2 * size:  # sampling from far larger images would skip pixels
             values = self._resize(images, 2 * size)
-        theta = crop_matrices(images.shape[0], self.config.augment_scale, generator).to(values.device)
+        theta = crop_matrices(images.shape[0], self.config.augment_scale, generator)
+        theta = theta.to(values.device, non_blocking=True)
         grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
         mode = self.config.interpolation
         return F.grid_sample(values, grid, mode=mode, padding_mode="border", align_corners=False).clamp(0.0, 1.0)

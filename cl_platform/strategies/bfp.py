@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cl_platform.batch import Batch
+from cl_platform.batch import Batch, constant
 from cl_platform.config import setting
 from cl_platform.errors import UserError
 from cl_platform.heads import columns_of
@@ -206,9 +206,10 @@ class BFP(Strategy):
         assert self.context.teacher is not None
         answer = self.context.teacher(replayed)
         self._asked = [*self._asked, answer] if self.config.alpha else []
-        columns = columns_of(self._old_classes, self.context.head.classes)
         stored, known = torch.zeros_like(replayed.extra["stored"]), torch.zeros_like(replayed.extra["known"])
-        stored[:, columns], known[:, columns] = answer.logits.to(stored.dtype), True
+        columns = constant(columns_of(self._old_classes, self.context.head.classes), stored.device)
+        stored.index_copy_(1, columns, answer.logits.to(stored.dtype))
+        known.index_fill_(1, columns, True)
         return replayed.with_extra(stored=stored, known=known)
 
     @torch.no_grad()

@@ -67,9 +67,10 @@ class Context:
         head: the shared growing head.
         cache: features of the frozen trunk, computed once per image.
         seed: the run's seed.
-        num_tasks: planned length of the stream.
+        num_tasks: tasks of the scenario, those that the stream leaves out included.
         num_classes: classes of the whole scenario.
         setting: ``class``, ``domain`` or ``task``.
+        length: tasks that the stream has; 0: not known.
         online: every task is passed over once.
         boundaries: the stream says where a task ends; else it is one task that declares all classes.
         autocast: opens the run's precision.
@@ -104,6 +105,7 @@ class Context:
     num_tasks: int
     num_classes: int
     setting: str
+    length: int = 0
     online: bool = False
     boundaries: bool = True
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_platform.backbones import BlockExtras, PromptedViT
-from cl_platform.batch import Batch
+from cl_platform.batch import Batch, constant
 from cl_platform.config import setting
 from cl_platform.random_streams import RUN_LEVEL, stream
 from cl_platform.registry import strategies
@@ -104,7 +104,7 @@ class DualPrompt(Strategy):
     @torch.no_grad()
     def select(self, batch: Batch) -> Tensor:
         """Row (B,) among the ascending tasks: an image's own task where its id is known, else the nearest key's."""
-        ids = torch.tensor(self.e_prompt.task_ids, device=batch.task_ids.device)
+        ids = constant(self.e_prompt.task_ids, batch.task_ids.device)
         own = batch.task_ids[:, None] == ids  # (B, tasks)
         nearest = largest(cosines(batch.extra["query"], self._stacked("key")), 1)[:, 0]
         return torch.where(own.any(dim=1), own.int().argmax(dim=1), nearest)

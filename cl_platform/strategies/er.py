@@ -19,7 +19,7 @@ class ERConfig(ReplayConfig):
 
     loss: str = setting("mean", doc="one mean over all rows, or mean(current) + weight * mean(replayed)",
                         choices=("mean", "sum"))  # fmt: skip
-    weight: float = setting(1.0, doc="weight of the replayed mean, for loss=sum", min=0)
+    weight: float = setting(1.0, doc="weight of the replayed mean, for loss=sum", min=0, only_with=("loss", ("sum",)))
 
 
 @strategies.register("er")

@@ -41,7 +41,8 @@ class EWCConfig:
 
     lambda_: float = setting(20.0, doc="weight of the penalty lambda/2 * sum F * distance^2", min=0)
     mode: str = setting("online", doc="one record of all tasks, or one per task", choices=("online", "separate"))
-    gamma: float = setting(1.0, doc="online: factor on the Fisher information of earlier tasks", min=0, max=1)
+    gamma: float = setting(1.0, doc="online: factor on the Fisher information of earlier tasks", min=0, max=1,
+                           only_with=("mode", ("online",)))  # fmt: skip
     fisher: str = setting(
         "auto", doc="whose log-probability is derived; auto: exact up to 20 seen classes, else sample",
         choices=("auto", *ESTIMATORS),

@@ -90,7 +90,7 @@ class FPF(Strategy):
     def refine(self, task: Task) -> None:
         """Fine-tune after the last batch of a task, or of the last one."""
         self.prone.end_training(task)
-        last = task.position == self.context.num_tasks - 1
+        last = task.position == self.context.length - 1
         if self.config.when == "each_task" or (self.config.when == "end" and last):
             self.prone.finetune()
 

@@ -95,7 +95,7 @@ class GDumb(Replay):
         for batch in TaskLoader(task.train, task.task_id, self.context.batch_size, self.context.seed):
             with keys_below(f"strategy.{self.name}", "buffer"):
                 self.buffer.insert(batch.images, batch.labels, batch.task_ids, batch.example_ids, 0)
-        if self._fits_after(task.position, self.context.num_tasks):
+        if self._fits_after(task.position, self.context.length):
             self.fit()
 
     def fit(self) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_platform.backbones.feature_cache import READ_BATCH
-from cl_platform.batch import Batch
+from cl_platform.batch import Batch, constant
 from cl_platform.config import setting
 from cl_platform.errors import UserError, keys_below
-from cl_platform.heads import columns_of
+from cl_platform.heads import columns_of, picked
 from cl_platform.memory.buffer import ReplayBuffer
 from cl_platform.memory.build import BufferConfig, build_buffer
 from cl_platform.registry import strategies
@@ -63,9 +63,10 @@ def binary_losses(
         answers: (B, len(old)) its logits.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = (labels[:, None] == torch.tensor(list(seen), device=labels.device)).to(logits.dtype)  # (B, S)
+    targets = (labels[:, None] == constant(list(seen), labels.device)).to(logits.dtype)  # (B, S)
     if answers is not None and len(old):
-        targets[:, columns_of(old, seen)] = answers.to(logits.dtype).sigmoid()
+        columns = constant(columns_of(old, seen), targets.device)
+        targets.index_copy_(1, columns, answers.to(targets.dtype).sigmoid())
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
@@ -148,14 +149,14 @@ class ICaRL(Strategy):
         seen, answers = step.seen_classes, None
         if self._old:
             assert self.context.teacher is not None
-            answers = self.context.teacher(step.batch).logits[:, columns_of(self._old, self._known)]
+            answers = picked(self.context.teacher(step.batch).logits, columns_of(self._old, self._known))
         entries = binary_losses(step.logits, step.batch.labels, seen, self._old, answers)
         width = len(seen) if self.config.columns == "seen" else self.context.num_classes
         old = columns_of(self._old, seen)
         new = [column for column in range(len(seen)) if column not in set(old)]
-        terms = {"bce": entries[:, new].sum() / (len(entries) * width)}
+        terms = {"bce": picked(entries, new).sum() / (len(entries) * width)}
         if old:
-            terms["kd"] = entries[:, old].sum() / (len(entries) * width)
+            terms["kd"] = picked(entries, old).sum() / (len(entries) * width)
         return terms
 
     def after_batch(self, step: Step) -> None:

@@ -36,7 +36,8 @@ class L2PConfig:
     head_input: str = setting("prompt", doc="outputs averaged for the head", choices=READOUTS)
     selection: str = setting("per_sample", doc="who picks in training", choices=("per_sample", "batch_majority"))
     prompt_mask: bool = setting(False, doc="train task t with prompts t*k..(t+1)*k-1 where the pool has them")
-    copy_previous: bool = setting(True, doc="with prompt_mask: a task's prompts start from the previous task's")
+    copy_previous: bool = setting(True, doc="with prompt_mask: a task's prompts start from the previous task's",
+                                  only_with=("prompt_mask", (True,)))  # fmt: skip
     prompt_pos_embed: bool = setting(False, doc="add the class token's position to prompts, as ports of the code do")
 
 

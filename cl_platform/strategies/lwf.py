@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cl_platform.config import setting
-from cl_platform.heads import columns_of
+from cl_platform.heads import columns_of, picked
 from cl_platform.registry import strategies
 from cl_platform.strategies.base import Needs, Step, Strategy
 
@@ -76,7 +76,7 @@ class LwF(Strategy):
         teacher, blocks = self.context.teacher, self.context.head.blocks
         assert teacher is not None
         known = set(teacher.classes) if teacher.ready else set()
-        heads = [blocks.get(task_id, "classes").tolist() for task_id in blocks.task_ids]
+        heads = [list(blocks.numbers(task_id, "classes")) for task_id in blocks.task_ids]
         heads = [head for head in heads if known.issuperset(head)]
         self._old_heads = heads if self.context.setting == "task" or not heads else [[c for h in heads for c in h]]
         grown = bool(known) and task.task_id in blocks
@@ -98,8 +98,8 @@ class LwF(Strategy):
         known = sorted(c for head in self._old_heads for c in head)
         total = [
             distillation(
-                current.logits[:, columns_of(head, step.seen_classes)],
-                old.logits[:, columns_of(head, known)],
+                picked(current.logits, columns_of(head, step.seen_classes)),
+                picked(old.logits, columns_of(head, known)),
                 self.config.temperature,
                 self.config.scale_t2,
             )

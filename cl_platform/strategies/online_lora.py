@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cl_platform.backbones import PromptedViT
 from cl_platform.backbones.prefix import BlockExtras
-from cl_platform.batch import Batch
+from cl_platform.batch import Batch, constant
 from cl_platform.config import setting
 from cl_platform.errors import UserError
 from cl_platform.heads import Head
@@ -145,7 +145,7 @@ class OnlineLoRA(AdapterStrategy):
             state = {} if optimizer is None else optimizer.state.get(parameter, {})
             kept |= {f"{number}_{name}": value.detach() for name, value in state.items() if isinstance(value, Tensor)}
         self.moments.add(RUN_LEVEL, **kept)
-        if not len(self.folds) and len(self.trained.task_ids) >= self.context.num_tasks:
+        if not len(self.folds) and len(self.trained.task_ids) >= self.context.length:
             log.warning("%s: the loss never settled, no adapter was folded in; see mean_below", self.name)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -236,7 +236,7 @@ class OnlineLoRA(AdapterStrategy):
     def thresholds(self) -> Tensor:
         """Mean and variance (2,) of the loss below which it has settled."""
         mean, variance = self.config.mean_below, self.config.variance_below
-        low = MEAN_SHARE * self.seen.sum().log() if mean is None else torch.tensor(mean, device=self.seen.device)
+        low = MEAN_SHARE * self.seen.sum().log() if mean is None else constant(mean, self.seen.device)
         narrow = VARIANCE_ROWS / self.context.batch_size if variance is None else variance
         return torch.stack((low.float(), torch.full_like(low, narrow, dtype=torch.float32)))
 

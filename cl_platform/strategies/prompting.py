@@ -32,7 +32,7 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 def learning_order(trained: Slots) -> list[int]:
     """Task ids in the order in which they were learnt, from a record of that order which outlives dropped tasks."""
-    return sorted(trained.task_ids, key=lambda task_id: int(trained.get(task_id, "order")))
+    return sorted(trained.task_ids, key=lambda task_id: trained.numbers(task_id, "order"))
 
 
 def check_layers(key: str, layers: list[int], context: Context) -> None:

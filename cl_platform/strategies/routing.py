@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cl_platform.batch import Batch
+from cl_platform.batch import Batch, constant
 from cl_platform.errors import UserError
 from cl_platform.heads import Head, cross_entropy
 from cl_platform.random_streams import stream
@@ -94,21 +94,22 @@ class RoutedStrategy(Strategy):
         """Cross-entropy of the task's own head over its own classes."""
         classes = self.heads.get(self._current, "classes")
         logits = self._head(self._current, step.features).index_select(1, classes.argsort())
-        return {"ce": cross_entropy(logits, step.batch.labels, sorted(classes.tolist()))}
+        own = sorted(self.heads.numbers(self._current, "classes"))
+        return {"ce": cross_entropy(logits, step.batch.labels, own)}
 
     def _head(self, task_id: int, features: Tensor) -> Tensor:
         return F.linear(features, self.heads.get(task_id, "weight"), self.heads.get(task_id, "bias"))
 
     def seen_classes(self) -> list[int]:
         """Classes of all tasks, ascending."""
-        return sorted({c for classes in self.heads.all("classes") for c in classes.tolist()})
+        return sorted({c for classes in self.heads.all_numbers("classes") for c in classes})
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits (B, S) of the head an image was routed to; the other tasks' classes get one low logit."""
         features, rows = self(batch), self.route(batch)
         seen = self.seen_classes()
         logits = features.new_full((len(features), len(seen)), ELSEWHERE, dtype=torch.float32)
-        places = torch.tensor(seen, device=features.device)
+        places = constant(seen, features.device)
         for place, task_id in enumerate(self.heads.task_ids):
             columns = torch.searchsorted(places, self.heads.get(task_id, "classes"))
             own = self._head(task_id, features).float()

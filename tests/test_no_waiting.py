@@ -1,0 +1,97 @@
+"""No step makes the host wait for the device: steps run on a device without numbers, where reading one fails."""
+
+import pytest
+import torch
+from tiny import begun, config_of, digits, trainer_for
+from torch.overrides import TorchFunctionMode
+
+import cl_platform.strategies  # noqa: F401
+from cl_platform import registry
+from cl_platform.scenarios import TaskLoader
+from cl_platform.slots import Slots
+
+READS = {  # name -> keys under which it does so at every step
+    "gem": {},  # its Gram matrix goes to a solver on the host
+    "online_lora": {"window": 2},  # one truth value, whether to fold an adapter in
+}
+NOTHING = torch.device("meta")
+
+
+class NoBlockingCopies(TorchFunctionMode):
+    """Refuses copies from the host for which it would wait."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("tensor", "as_tensor") and made.device == NOTHING:
+            raise AssertionError(f"torch.{name}(..., device=...) waits for its copy")
+        moves = name in ("to", "copy_", "cuda") and isinstance(made, torch.Tensor) and made.device == NOTHING
+        if moves and args[0].device != NOTHING and not kwargs.get("non_blocking"):
+            raise AssertionError("a copy to the device without non_blocking=True")
+        for index in args[1:] if name == "__getitem__" and args[0].device == NOTHING else ():
+            for part in index if isinstance(index, tuple) else (index,):
+                if isinstance(part, list) or (isinstance(part, torch.Tensor) and part.device != NOTHING):
+                    raise AssertionError("an index from the host is copied while the host waits")
+        return made
+
+
+@pytest.fixture(autouse=True)
+def _a_device_without_numbers(monkeypatch):
+    real = torch.autocast
+
+    def autocast(device_type, **keys):
+        return real("cpu" if device_type == "meta" else device_type, **keys)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+
+
+def step_without_numbers(name, batches=2):
+    config = config_of(name, strategy=READS.get(name, {}))
+    stream = digits(3)
+    learner = begun(config, stream, position=1)
+    learner._refuse_infinite = lambda: None  # read at every tenth step only
+    task = stream.tasks[1]
+    for slots in (module for module in learner.modules() if isinstance(module, Slots)):
+        for task_id, slot in slots.tasks.items():  # whole numbers are read once, and kept on the host
+            for key, tensor in slot.named_buffers():
+                if tensor.dtype == torch.int64:
+                    slots.numbers(int(task_id), key)
+    learner.trainer = trainer_for(config)
+    learner.to(NOTHING)
+    learner.groups = learner.composition.trainable()
+    if learner._train_query is not None:
+        learner._train_query = learner._train_query.to(NOTHING)
+    optimizer = learner.configure_optimizers()["optimizer"]
+    learner.context.optimizer = lambda: optimizer
+    for strategy in learner.composition.strategies:
+        if hasattr(strategy, "_anchored"):
+            strategy._anchored = None  # worked out once a task
+    for number, batch in zip(range(batches), TaskLoader(task.train, task.task_id, 8, 0), strict=False):
+        moved = learner.transfer_batch_to_device(batch, NOTHING, 0)
+        with NoBlockingCopies():
+            optimizer.zero_grad()
+            learner.training_step(moved, number).backward()
+            learner.on_after_backward()
+            learner.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        with NoBlockingCopies():
+            learner.composition.after_update(learner._last_step)
+            learner.on_train_batch_end(None, moved, number)
+
+
+@pytest.mark.parametrize("name", sorted(set(registry.strategies.names()) - set(READS)))
+def test_a_step_reads_nothing_from_the_device(name):
+    if not config_needs_gradient(name):
+        pytest.skip(f"{name} takes no steps")
+    step_without_numbers(name)
+
+
+def config_needs_gradient(name):
+    return begun(config_of(name), digits(1)).composition.needs_gradient
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_must_read_from_the_device_does(name):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step_without_numbers(name)
