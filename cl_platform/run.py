@@ -143,7 +143,8 @@ class _Run:
             finally:  # a bar left running would hide the cursor behind a refusal
                 self.progress.stop()
             return self._finish()
-        except Interrupted:
+        except Interrupted as stop:
+            stop.folder = self.folder.path
             done = len(self.learner.learnt)
             log.warning("stopped after %d of %d tasks", done, len(self.phases))
             raise

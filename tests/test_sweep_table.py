@@ -6,6 +6,7 @@ import os
 import pytest
 from rich.console import Console
 
+from cl_platform.cli.compose import compose
 from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
 from cl_platform.cli.train import train
 from cl_platform.errors import UserError
@@ -93,3 +94,20 @@ def test_runs_in_processes_of_their_own_come_into_the_same_table(capfd):
     words = ["-m", *QUICK, *BARE, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
     assert train(words) == 0
     assert "±" in capfd.readouterr().out
+
+
+def test_settings_of_single_strategies_reach_those_that_are_chosen():
+    grid = ["experiment=smoke_grid"]
+    assert compose([*grid, "strategy=[gdumb]"])["strategy"]["gdumb"]["passes"] == 8
+    assert compose([*grid, "strategy=[gdumb]", "strategy.gdumb.passes=4"])["strategy"]["gdumb"]["passes"] == 4
+    assert "for_strategy" not in compose(grid) and set(compose([*grid, "strategy=er"])["strategy"]) == {"er"}
+    words = ["strategy=[derpp]", "+for_strategy.derpp.buffer.size=500", "+for_strategy.er.weight=2"]
+    buffer = compose(words)["strategy"]["derpp"]["buffer"]
+    assert buffer["size"] == 500 and buffer["policy"] == "reservoir"
+
+
+def test_settings_of_a_strategy_that_is_not_there_are_refused():
+    with pytest.raises(UserError, match="for_strategy=derp.*Did you mean derpp"):
+        compose(["+for_strategy.derp.alpha=1"])
+    with pytest.raises(UserError, match="for_strategy=3: must be a group of keys"):
+        compose(["for_strategy=3"])

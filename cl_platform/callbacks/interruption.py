@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,11 +14,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The user or the system asked the run to end; carries the exit code 128 + signal number."""
+    """The user or the system asked the run to end; carries the exit code 128 + signal number, and the run folder."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
         self.exit_code = 128 + number
+        self.folder: Path | None = None
 
 
 class Interruption(L.Callback):

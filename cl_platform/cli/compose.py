@@ -185,4 +185,40 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
             chosen = [o for o in overrides if o.partition("=")[0] in groups()]
             keys = flat_keys(OmegaConf.to_container(hydra_compose("config", overrides=chosen), resolve=False))
             raise explain(error, overrides, keys) from error
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    return settled(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+
+
+def settled(raw: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with ``for_strategy``'s values where the named strategy is among the chosen ones.
+
+    A key that was given another value than its strategy's file has keeps that one.
+
+    Raises:
+        UserError: a name that no strategy has.
+    """
+    import yaml
+
+    wishes, chosen = raw.get("for_strategy") or {}, raw.get("strategy")
+    rest = {key: value for key, value in raw.items() if key != "for_strategy"}
+    if not isinstance(wishes, dict):
+        raise UserError("for_strategy", wishes, "must be a group of keys", "Write for_strategy.NAME.KEY=VALUE")
+    for name, keys in wishes.items():
+        if name not in groups()["strategy"]:
+            raise unknown_name("for_strategy", name, groups()["strategy"])
+        if isinstance(chosen, dict) and isinstance(chosen.get(name), dict):
+            file = config_folder() / "strategy" / f"{name}.yaml"
+            defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
+            chosen = {**chosen, name: _unless_changed(chosen[name], defaults or {}, keys)}
+    return {**rest, "strategy": chosen} if "strategy" in raw else rest
+
+
+def _unless_changed(values: dict[str, Any], defaults: dict[str, Any], wishes: Any) -> dict[str, Any]:
+    """``values`` with those of ``wishes`` whose keys still have their default, group by group."""
+    result = dict(values)
+    for key, wish in (wishes or {}).items():
+        here, default = values.get(key), defaults.get(key)
+        if isinstance(wish, dict) and isinstance(here, dict):
+            result[key] = _unless_changed(here, default or {}, wish)
+        elif here == default:
+            result[key] = wish
+    return result

@@ -12,12 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_platform.cli.compose import check_choices, compose, config_folder, explain, flat_keys, groups, sweep_runs
+from cl_platform.cli.compose import (
+    check_choices,
+    compose,
+    config_folder,
+    explain,
+    flat_keys,
+    groups,
+    settled,
+    sweep_runs,
+)
 from cl_platform.cli.failures import our_fault, refused
 from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
+    from cl_platform.callbacks.interruption import Interrupted
     from cl_platform.run import RunResult
 
 
@@ -163,12 +173,16 @@ def _one_run(raw: Any, arguments: Sequence[str]) -> int:
     try:
         result = _run(raw)
     except Interrupted as stop:
-        words = (a for a in arguments if not a.startswith("resume="))
-        again = shlex.join(["python", "train.py", *words, "resume=auto"])
-        print(f"stopped; to go on after the last finished task: {again}", file=sys.stderr)
+        print(f"stopped; to go on after the last finished task: {_again(arguments, stop)}", file=sys.stderr)
         return stop.exit_code
     _print_table(result)
     return 0
+
+
+def _again(words: Sequence[str], stop: Interrupted) -> str:
+    """The command that goes on with a stopped run, whatever other runs there are."""
+    kept = [word for word in words if not word.startswith(("resume=", "run_dir="))]
+    return shlex.join(["python", "train.py", *kept, f"resume={stop.folder or 'auto'}"])
 
 
 def _one_of_many(cfg: Any, words: Sequence[str], number: int) -> None:
@@ -182,8 +196,7 @@ def _one_of_many(cfg: Any, words: Sequence[str], number: int) -> None:
         outcome = Outcome.of(words, _run(OmegaConf.to_container(cfg, resolve=True)))
         print(outcome.line, flush=True)
     except Interrupted as stop:
-        again = shlex.join(["python", "train.py", *(w for w in words if not w.startswith("resume=")), "resume=auto"])
-        print(f"stopped; the runs before this one are done. To go on with it: {again}", file=sys.stderr)
+        print(f"stopped; the runs before this one are done. To go on with it: {_again(words, stop)}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from stop
     except (UserError, OmegaConfBaseException) as error:
         refusal = error if isinstance(error, UserError) else explain(error, words)
@@ -200,7 +213,7 @@ def _run(raw: Any) -> RunResult:
     from cl_platform.run_config import parse
 
     _print_log()
-    return run(parse(raw))
+    return run(parse(settled(raw)))
 
 
 def _print_sweep(outcomes: Sequence[Outcome]) -> None:

@@ -103,9 +103,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(whole_run, tmp_path, number):
         pytest.skip("the run was over before the signal came")
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "resume=auto" in err
+        assert f"resume={run}" in err
         assert "Traceback" not in err
-    resumed = command(*SMALL, f"run_dir={run}", "resume=auto", cwd=tmp_path)
+    how = [f"resume={run}"] if number == signal.SIGINT else [f"run_dir={run}", "resume=auto"]
+    resumed = command(*SMALL, *how, cwd=tmp_path)
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert "resumed after task" in err
