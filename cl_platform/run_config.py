@@ -55,6 +55,7 @@ class EvaluationConfig:
     min_per_task: int = setting(3, doc="adaptive: least evaluations of a task", min=1)
     reserve: float = setting(0.2, doc="adaptive: share of the evaluations kept for following new lows", min=0, max=0.9)
     images_per_task: int | str = setting("auto", doc="evaluation images of each task, or auto: 25 to 100")
+    loss: bool = setting(False, doc="loggers also get the mean cross-entropy of each task's subset")
     gap_window: int | None = setting(None, doc="updates after a switch in which a gap is looked for; null: all", min=1)
     gap_tolerance: float = setting(0.02, doc="this far below the old accuracy counts as recovered", min=0, max=1)
     future_tasks: bool = setting(False, doc="also evaluate tasks that were not learnt yet, after each task")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_platform.evaluation import EVALUATION_BATCH, answered, spaces_of
+from cl_platform.heads import cross_entropy
 from cl_platform.metrics import Cell
 from cl_platform.metrics.subset import evaluation_subset
 
@@ -83,10 +84,17 @@ def resident(learner: ContinualLearner, subsets: Sequence[Subset]) -> Resident:
     return Resident(tuple(subsets), images, labels, columns)
 
 
-def count_subsets(learner: ContinualLearner, ready: Resident) -> dict[int, dict[str, Cell]]:
+def count_subsets(
+    learner: ContinualLearner, ready: Resident, losses: dict[int, float] | None = None
+) -> dict[int, dict[str, Cell]]:
     """Right answers of the learner as it is: task id -> prediction space -> (right, all).
 
     No generator is drawn from, no gradient exists, and every module's mode is put back.
+
+    Args:
+        learner: at any time.
+        ready: the subsets.
+        losses: filled, where given, with each task's mean cross-entropy in nats, in the first prediction space.
     """
     spaces = spaces_of(learner.setting)
     with learner.answering():
@@ -101,15 +109,21 @@ def count_subsets(learner: ContinualLearner, ready: Resident) -> dict[int, dict[
                 images = learner.transforms.evaluate(images)
             parts.append(learner.answer(images, {name: column[rows] for name, column in ready.columns.items()}))
         logits = torch.cat(parts)  # (n, S)
-        sums = []
+        sums, entropies, measured = [], [], []
         first = 0
         for subset in ready.subsets:
             rows = slice(first, first + len(subset))
+            if losses is not None and set(subset.classes) <= set(seen):  # a closed form learns a task at its end
+                over = subset.classes if spaces[0] == "til" else seen
+                entropies.append(cross_entropy(logits[rows], ready.labels[rows], seen, over))
+                measured.append(subset.task_id)
             for space in spaces:
                 candidates = subset.classes if space == "til" else seen
                 sums.append((answered(logits[rows], seen, candidates) == ready.labels[rows]).sum())
             first += len(subset)
         right = iter(torch.stack(sums).tolist())  # the one wait for the device
+        if losses is not None and measured:
+            losses |= zip(measured, torch.stack(entropies).tolist(), strict=True)
     return {s.task_id: {space: (next(right), len(s)) for space in spaces} for s in ready.subsets}
 
 

@@ -81,6 +81,7 @@ class Watchers:
             reserve=config.reserve,
             updates=tuple(updates),
             images_per_update=trainer.batch_size * trainer.accumulate_grad_batches,
+            loss=config.loss,
         )
 
     def callbacks(self) -> list[L.Callback]:

@@ -59,7 +59,7 @@ MAY_IMPORT = {  # room -> rooms below it
     "representation": {"learner", "scenarios", "metrics", "files"},
     "diagnostics": {"evaluation", "scenarios", "metrics"},
     "estimate": {"learner", "scenarios", "strategies"},
-    "subset_evaluation": {"learner", "evaluation", "scenarios", "metrics", "backbones"},
+    "subset_evaluation": {"learner", "evaluation", "heads", "scenarios", "metrics", "backbones"},
     "efficiency": {"learner", "batch", "metrics", "scenarios", "random_streams"},
     "energy": {"metrics"},
     "callbacks": {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import begun, built, config_of, differing, digits, fit, learn
+from tiny import answers, begun, built, config_of, differing, digits, fit, images_of, learn, learnt
 
 from cl_platform.evaluation import count_correct
 from cl_platform.subset_evaluation import count_subsets, head_weight, image_weight, resident, subset_of
@@ -109,3 +109,21 @@ def test_training_with_kept_blocks_gives_the_bytes_of_training_without_evaluatio
             resident(learner, subsets_of(digits())[:1])
         learner.end_task(digits().tasks[0])
     assert not differing(watched.state_dict(), alone.state_dict())
+
+
+def test_the_mean_loss_of_each_subset_comes_on_request_and_changes_no_count():
+    learner = learnt(config_of("finetune"), digits())
+    ready = resident(learner, subsets_of(digits(), 12))
+    losses = {}
+    assert count_subsets(learner, ready, losses) == count_subsets(learner, ready)
+    logits = answers(learner, images_of(digits()))
+    labels = torch.cat([task.test.labels for task in digits().tasks])
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none").view(2, -1).mean(1)
+    assert list(losses) == [0, 1] and torch.tensor(list(losses.values())).allclose(expected, atol=1e-5)
+
+
+def test_a_task_that_a_closed_form_has_not_learnt_yet_has_no_loss():
+    learner = begun(config_of("nmc"), digits(), position=1)
+    losses = {}
+    count_subsets(learner, resident(learner, subsets_of(digits(), 12)), losses)
+    assert list(losses) == [0]

@@ -50,6 +50,7 @@ class GridSettings:
         reserve: share of the evaluations kept for following new lows.
         updates: planned optimizer updates of each task, in stream order.
         images_per_update: training images of an update.
+        loss: loggers also get each task's mean cross-entropy.
     """
 
     name: str
@@ -61,6 +62,7 @@ class GridSettings:
     reserve: float
     updates: tuple[int, ...]
     images_per_update: int
+    loss: bool = False
 
 
 @dataclass
@@ -256,7 +258,8 @@ class ContinualEvaluation(L.Callback):
         """Count, write, publish; the primary space's cells by position."""
         assert self._ready is not None
         with self.timed():
-            counts = count_subsets(learner, self._ready)
+            losses: dict[int, float] | None = {} if self.settings.loss else None
+            counts = count_subsets(learner, self._ready, losses)
             rows = [
                 LogRow(step, self._position, task_id, epoch, event, seen_id, space, right, total)
                 for seen_id, by_space in counts.items()
@@ -273,15 +276,17 @@ class ContinualEvaluation(L.Callback):
             for j in range(self._position):
                 self._low[j] = min(self._low.get(j, cells[j][1]), cells[j][0])
                 self._worst[j] = min(self._worst.get(j, cells[j][1]), cells[j][0])
-        self._publish(step, event, cells)
+        self._publish(step, event, cells, losses or {})
         return cells
 
-    def _publish(self, step: int, event: str, cells: Mapping[int, Cell]) -> None:
+    def _publish(self, step: int, event: str, cells: Mapping[int, Cell], losses: Mapping[int, float]) -> None:
         if event == "start" and self._position > 0:
             return  # the end of the task before stands at the same step
         shares = {position: right / total for position, (right, total) in cells.items()}
         values = {f"accuracy/task_{self._tag(p)}": share for p, share in shares.items()}
         values["accuracy/seen_mean"] = sum(shares.values()) / len(shares)
+        tags = {task.task_id: self._tag(p) for p, task in enumerate(self.stream.tasks[: len(cells)])}
+        values |= {f"loss/task_{tags[task_id]}": loss for task_id, loss in losses.items()}
         values["switch/task"] = float(self._position)
         if self._position and event == "step":
             lows = [self._worst[j] / cells[j][1] for j in range(self._position)]

@@ -23,7 +23,9 @@ class FPFConfig(ProneConfig):
     """Keys of ``fpf``."""
 
     when: str = setting("end", doc="after the last task, after each, or every so many updates", choices=WHEN)
-    every: int = setting(1000, doc="when=every_k_steps: updates between two fine-tunings", min=1)
+    every: int = setting(
+        1000, doc="when=every_k_steps: updates between two fine-tunings", min=1, only_with=("when", ("every_k_steps",))
+    )
 
 
 @strategies.register("fpf")
