@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from cl_platform import registry
+from cl_platform.config import typed
 from cl_platform.errors import UserError
-from cl_platform.run_config import RunConfig
+from cl_platform.run_config import RunConfig, parse
 from cl_platform.run_folder import Checkpoint, checkpoints, latest_run, new_run_path
+
+ASIDE = ("strategy", "run_dir", "resume", "debug", "output_root", "logger", "data", "report", "raw")
+"""Fields of the configuration that change nothing of what a run computes, or are compared apart."""
 
 log = logging.getLogger("cl_platform")
 
@@ -49,15 +55,31 @@ def locate(config: RunConfig) -> tuple[Path, Checkpoint | None]:
 def _same_configuration(config: RunConfig, path: Path) -> None:
     import yaml
 
-    before = yaml.safe_load((path / "config.yaml").read_text())
-    now = {**config.raw, "trainer": {**(config.raw.get("trainer") or {}), "progress": None}}
-    before["trainer"] = {**before.get("trainer", {}), "progress": None}  # shows something, changes nothing
+    import cl_platform.strategies  # noqa: F401  # registers them
+
+    raw = yaml.safe_load((path / "config.yaml").read_text())
+    try:
+        before = _settings(parse(raw))
+    except UserError as error:
+        reason = f"the run was started with {error.key}={error.value}, which this version does not take"
+        raise UserError("resume", path, reason, "Start a new run, or use the version that began it") from error
+    now = _settings(config)
     for key in sorted(set(before) | set(now)):
-        if key in ("run_dir", "resume", "debug", "output_root", "logger", "data", "report"):
-            continue
         if before.get(key) != now.get(key):
             name = _first_difference(key, before.get(key), now.get(key))
             raise UserError("resume", path, f"the run was started with another {name}", "Use the same configuration")
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What decides the numbers of a run, keys that its version did not know yet at their defaults."""
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ASIDE}
+    plain = {name: dataclasses.asdict(cast(Any, v)) if dataclasses.is_dataclass(v) else v for name, v in own.items()}
+    strategy = {}
+    for name, keys in config.strategy.items():
+        taken = {key: value for key, value in keys.items() if key != "optimizer"}  # a recommendation for that group
+        strategy[name] = dataclasses.asdict(typed(registry.strategies.get(name).Config, taken, f"strategy.{name}"))
+    plain |= {"strategy": strategy, "order of strategies": list(strategy)}
+    return {**plain, "trainer": {**plain["trainer"], "progress": None}}  # shows something, changes nothing
 
 
 def _first_difference(key: str, one: Any, other: Any) -> str:

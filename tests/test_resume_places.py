@@ -67,6 +67,35 @@ def test_a_folder_may_be_named_by_a_number(config):
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(config):
     from concurrent.futures import ThreadPoolExecutor
 
+    new = config()
     with ThreadPoolExecutor(8) as pool:
-        places = list(pool.map(lambda _: locate(config())[0], range(24)))
+        places = list(pool.map(lambda _: locate(new)[0], range(24)))
     assert len(set(places)) == 24 and all(path.is_dir() for path in places)
+
+
+def started(config, run, *words, change=lambda raw: None):
+    """A run folder as a run of other words or of an older version left it."""
+    import yaml
+
+    run.mkdir()
+    raw = config(*words).raw
+    change(raw)
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+
+
+def test_a_key_that_an_older_version_did_not_know_counts_at_its_default(config, tmp_path):
+    def older(raw):
+        del raw["evaluation"]["loss"], raw["optimizer"]["gamma"], raw["strategy"]["nmc"]["mean"]
+
+    started(config, tmp_path / "run", change=older)
+    assert locate(config(f"run_dir={tmp_path / 'run'}", "resume=auto"))[0] == tmp_path / "run"
+    with pytest.raises(UserError, match=r"another evaluation\.loss"):
+        locate(config(f"run_dir={tmp_path / 'run'}", "resume=auto", "evaluation.loss=true"))
+    with pytest.raises(UserError, match=r"another strategy\.nmc\.mean"):
+        locate(config(f"run_dir={tmp_path / 'run'}", "resume=auto", "strategy.nmc.mean=raw"))
+
+
+def test_a_key_that_is_no_more_is_named(config, tmp_path):
+    started(config, tmp_path / "run", change=lambda raw: raw["evaluation"].update(speed=3))
+    with pytest.raises(UserError, match=r"started with evaluation\.speed=3, which this version does not take"):
+        locate(config(f"run_dir={tmp_path / 'run'}", "resume=auto"))
