@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from cl_platform.metrics.results import entry
 
 if TYPE_CHECKING:
     from cl_platform.evaluation import Counts
-    from cl_platform.scenarios import Stream
+    from cl_platform.scenarios import Stream, Task
 
 _DEFINITIONS: dict[str, Definition] = {
     d.key: d for d in (*FLIP_DEFINITIONS, *CALIBRATION_DEFINITIONS, *CONFUSION_DEFINITIONS)
@@ -41,32 +42,60 @@ class Diagnostics:
         self._after: list[dict[str, Any]] = []
         self._flips: dict[int, Flips] = {}  # position of the new task -> counts over old tasks' images
         self._bins: dict[int, BinCounts] = {}
-        self._answers: list[list[int]] = []  # of the latest evaluation, by position
+        self._answers: dict[int, list[int]] = {}  # of the latest evaluation, by task id
+        self._forgotten: set[int] = set()
 
-    def add(self, position: int, counts: Counts) -> None:
+    def add(self, position: int, counts: Counts, tasks: Sequence[Task] | None = None) -> None:
         """Take the evaluation after the task at ``position``.
+
+        Args:
+            position: of the task just learnt.
+            counts: of its evaluation.
+            tasks: those learnt by then and not forgotten, the first that were counted; all of them by default.
 
         Raises:
             ValueError: the counts of the two spaces contradict each other.
         """
-        tasks = self._stream.tasks[: position + 1]
-        answers = [a.tolist() for a in counts.answers[: position + 1]]
+        tasks = self._stream.tasks[: position + 1] if tasks is None else tasks
+        answers = [a.tolist() for a in counts.answers[: len(tasks)]]
         labels = [task.test.labels.tolist() for task in tasks]
         classes = sorted({c for known in self._answerable(position) for c in known})
         flat = confusion([*chain(*answers)], [*chain(*labels)], classes)
         names = [self._stream.class_names[c] for c in classes]
-        record = {"position": position, "task_id": tasks[-1].task_id, "classes": classes, "class_names": names}
+        newest = self._stream.tasks[position].task_id
+        record = {"position": position, "task_id": newest, "classes": classes, "class_names": names}
         self._after.append({**record, "counts": flat})
         self._bins[position] = counts.calibration
         compared = Flips()
-        for before, now, truth in zip(self._answers, answers, labels, strict=False):
-            compared += Flips.between(before, now, truth)
+        for task, now, truth in zip(tasks, answers, labels, strict=True):
+            if task.task_id in self._answers:
+                compared += Flips.between(self._answers[task.task_id], now, truth)
         if self._answers:
             self._flips[position] = compared
-        self._answers = answers
+        self._answers = {task.task_id: now for task, now in zip(tasks, answers, strict=True)}
         if self._space == "cil" and (by_task := self._by_task()) is not None:
-            right = {space: sum(counts.correct[space][: position + 1]) for space in ("cil", "til")}
+            right = {space: sum(counts.correct[space][: len(tasks)]) for space in ("cil", "til")}
             check_bound(right["cil"], right["til"], by_task)
+
+    def take_back(self) -> None:
+        """Remove the newest evaluation; flips at the next one are counted from its answers."""
+        record = self._after.pop()
+        self._flips.pop(record["position"], None)
+
+    def forget(self, task_id: int, classes: Collection[int]) -> None:
+        """Delete what is known about a task's images, one by one and class by class.
+
+        Args:
+            task_id: of the forgotten task.
+            classes: class ids that no other task has.
+        """
+        self._forgotten.add(task_id)
+        self._answers.pop(task_id, None)
+        for record in self._after:
+            kept = [place for place, c in enumerate(record["classes"]) if c not in classes]
+            for name in ("classes", "class_names"):
+                record[name] = [record[name][place] for place in kept]
+            record["counts"] = [[record["counts"][row][column] for column in kept] for row in kept]
 
     def confusion(self) -> dict[str, Any]:
         """Content of ``confusion.json``."""
@@ -107,7 +136,7 @@ class Diagnostics:
     def _answerable(self, position: int) -> list[tuple[int, ...]]:
         """Classes, by task, that may be answered after the task at ``position``: declared ones from the start."""
         tasks = self._stream.tasks if self._stream.hidden else self._stream.tasks[: position + 1]
-        return [task.classes for task in tasks]
+        return [task.classes for task in tasks if task.task_id not in self._forgotten]
 
     def _entry(self, key: str, outcome: Outcome) -> dict[str, Any]:
         definition = _DEFINITIONS[key]
@@ -119,14 +148,17 @@ class Diagnostics:
         """State for a checkpoint."""
         return {
             "after": self._after,
-            "answers": self._answers,
+            "answers": {str(task_id): answers for task_id, answers in self._answers.items()},
+            "forgotten": sorted(self._forgotten),
             "bins": {str(position): bins.to_dict() for position, bins in self._bins.items()},
             "flips": {str(p): [f.negative, f.positive, f.changed, f.total] for p, f in self._flips.items()},
         }
 
     def load_json(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`to_json` gave."""
-        self._after, self._answers = list(state["after"]), list(state["answers"])
+        self._after = list(state["after"])
+        self._answers = {int(task_id): list(answers) for task_id, answers in state["answers"].items()}
+        self._forgotten = set(state["forgotten"])
         self._bins = {int(position): BinCounts.from_dict(bins) for position, bins in state["bins"].items()}
         self._flips = {int(position): Flips(*numbers) for position, numbers in state["flips"].items()}
 

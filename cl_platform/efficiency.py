@@ -97,16 +97,18 @@ def parameter_counts(learner: ContinualLearner) -> dict[str, Any]:
     """6.1: numbers in all parameters, in those with ``requires_grad``, and in those of one task alone.
 
     Returns:
-        ``params_total``, ``params_trainable``, and ``params_per_task`` by task id: parameters of the strategies'
-        components that list no other task, and the head's blocks, each of the task that brought its classes.
+        ``params_total``, ``params_trainable``, and ``params_per_task`` by task id: parameters of the strategies' parts
+        that a task brought or alone has shaped, and the head's blocks, each of the task that brought its classes.
     """
     parameters = list(learner.parameters())
     places = {(p.device, p.data_ptr()) for p in parameters if p.numel()}
     owned: dict[int, list[Tensor]] = {}
     for component in learner.composition.components():
-        if len(component.tasks) == 1:
+        *_, room, last = ["", *component.name.split(".")]
+        slot = [int(last)] if room == "tasks" and last.isdigit() else list(component.tasks)
+        if len(slot) == 1:
             own = [t for t in component.tensors.values() if (t.device, t.data_ptr()) in places]
-            owned.setdefault(component.tasks[0], []).extend(own)
+            owned.setdefault(slot[0], []).extend(own)
     blocks = learner.head.blocks
     for task_id in blocks.task_ids:
         owned.setdefault(task_id, []).extend(blocks.parameters_of(task_id).values())
@@ -121,10 +123,11 @@ def memory_bytes(learner: ContinualLearner) -> dict[str, Any]:
     """6.4: bytes of all tensors by what they are for; what two of them share counts for the first.
 
     Returns:
-        ``model_bytes`` (backbone and head), ``buffer_bytes`` (components of the kind ``buffer``), ``cache_bytes``, and
-        ``strategy_state_bytes``: the other components by name, and ``undeclared`` for what is in none.
+        ``model_bytes`` (backbone and head, and the records of who shaped them), ``buffer_bytes`` (components of the
+        kind ``buffer``), ``cache_bytes``, and ``strategy_state_bytes``: the other components by name, and
+        ``undeclared`` for what is in none.
     """
-    model = [*_tensors(learner.backbone), *_tensors(learner.head)]
+    model = [*_tensors(learner.backbone), *_tensors(learner.head), *_tensors(learner.owners)]
     seen, total, replayed = list(model), bytes_in(model), 0
     sizes = {"model_bytes": total, "buffer_bytes": 0, "cache_bytes": learner.cache.bytes}
     parts: dict[str, int] = {}

@@ -80,6 +80,11 @@ def _version(name: str) -> str | None:
         return None
 
 
+def package_version() -> str:
+    """Version of this package; ``unknown`` in a checkout that was not installed."""
+    return _version("cl-platform") or "unknown"
+
+
 def _device_name() -> str:
     import torch
 

@@ -39,6 +39,7 @@ class Finetuning:
         weight_decay: of SGD.
         clip: largest norm of the gradient, ``None``: any.
         key: where the rate stands in the configuration, for a refusal.
+        optimizer: makes the rule in place of SGD; its rates are its own.
     """
 
     purpose: str
@@ -55,6 +56,7 @@ class Finetuning:
     weight_decay: float = 0.0
     clip: float | None = None
     key: str = "lr"
+    optimizer: Callable[[], torch.optim.Optimizer] | None = None
 
     def stream(self, what: str, step: int) -> torch.Generator:
         """A generator for one draw of an update."""
@@ -117,8 +119,8 @@ def _loop(
     scaled: bool,
 ) -> None:
     parameters = list(plan.parameters)
-    optimizer = None
-    if parameters:
+    optimizer = plan.optimizer() if plan.optimizer is not None else None
+    if optimizer is None and parameters:
         optimizer = torch.optim.SGD(parameters, plan.rate(0), plan.momentum, weight_decay=plan.weight_decay)
     device = parameters[0].device if parameters else plan.statistics[0].device
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
@@ -129,7 +131,7 @@ def _loop(
         fine = torch.isfinite(loss.detach())
         finite = fine if finite is None else finite & fine
         if optimizer is not None:
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups if plan.optimizer is None else ():
                 group["lr"] = plan.rate(step)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

@@ -57,6 +57,19 @@ class Head(nn.Module):
             classes=torch.tensor(new, dtype=torch.int64, device=device),
         )
 
+    @torch.no_grad()
+    def drop(self, classes: Sequence[int]) -> None:
+        """Remove the rows of some classes; a block that has no row left goes as a whole."""
+        gone = set(classes)
+        for task_id in self.blocks.task_ids:
+            held = self.blocks.get(task_id, "classes").tolist()
+            kept = [row for row, c in enumerate(held) if c not in gone]
+            if not kept:
+                self.blocks.drop(task_id)
+            elif len(kept) < len(held):
+                names = ("weight", "bias", "classes")
+                self.blocks.add(task_id, **{name: self.blocks.get(task_id, name)[kept] for name in names})
+
     @property
     def classes(self) -> list[int]:
         """Seen class ids, ascending: the meaning of the columns of :meth:`forward`."""

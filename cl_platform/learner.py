@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_platform.answering import Answering
 from cl_platform.backbones import Backbone
 from cl_platform.backbones.feature_cache import FeatureCache
 from cl_platform.batch import Batch
@@ -18,6 +17,8 @@ from cl_platform.errors import UserError
 from cl_platform.finetuning import Finetuning, FollowsUpdates, run_finetuning
 from cl_platform.heads import Head
 from cl_platform.optimizers import OptimizerConfig, build_optimizer, schedule_factor
+from cl_platform.owners import Owners
+from cl_platform.ownership import Ownership
 from cl_platform.random_streams import stream, stream_seed
 from cl_platform.scenarios import Stream, Task, Transforms
 from cl_platform.strategies.base import Context, ParameterGroup, Pass, Step
@@ -43,7 +44,7 @@ class LearnerOptions:
     log_every: int = 10
 
 
-class ContinualLearner(Answering):
+class ContinualLearner(Ownership):
     """Learns the tasks of a stream one after the other.
 
     Args:
@@ -68,6 +69,7 @@ class ContinualLearner(Answering):
         self.backbone, self.composition, self.transforms = backbone, composition, transforms
         self.optimizer_config, self.options = optimizer, options
         self.setting = stream.setting
+        self.owners = Owners()
         self.head = Head(backbone.feature_dim, options.seed, options.head_init)
         self.cache = FeatureCache(
             backbone, transforms.evaluate, transforms.id, options.cache_bytes, autocast=self.precision_context
@@ -91,6 +93,8 @@ class ContinualLearner(Answering):
             image_shape=(3, *stream.image_shape[1:]),
             batch_size=options.batch_size,
             sgd_rate=optimizer.rate(options.batch_size) if optimizer.name == "sgd" else 0.0,
+            behind=self.owners.behind,
+            own_classes=self.owners.classes_of_none_but,
         )
         self.context = context
         composition.attach(context)
@@ -111,6 +115,7 @@ class ContinualLearner(Answering):
         self._last_step: Step | None = None
         self._all_finite = torch.ones((), dtype=torch.bool)
         self._train_query: Tensor | None = None
+        self._first_scale: dict[str, Any] | None = None  # state of the gradient scaler before the first task
 
     # -- a task's life ----------------------------------------------------------------------------------------------
 
@@ -125,8 +130,10 @@ class ContinualLearner(Answering):
         self.task, self.epochs, self._first_epoch, self.step_in_task = task, epochs, first_epoch, 0
         self.context.epochs, self.context.batches = epochs, 0
         self.head.begin_task(task.task_id, task.classes)
+        behind = self.note_begin(task)
         self.composition.begin_task(task)
         self.groups = self.composition.trainable()
+        self.note_trained(behind)
         trained = {id(p) for group in self.groups for p in group.parameters}
         if any(id(p) in trained for p in self.backbone.parameters()):
             self.backbone.unfreeze()
@@ -168,7 +175,8 @@ class ContinualLearner(Answering):
     # -- Lightning --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """A new optimizer and schedule over what the current task trains."""
+        """A new optimizer and schedule over what the current task trains, and the scale of losses at its start."""
+        self._reset_scaler()
         optimizer = build_optimizer(self.optimizer_config, self.groups, self.options.batch_size)
         factor = schedule_factor(self.optimizer_config, self.epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -187,6 +195,15 @@ class ContinualLearner(Answering):
         seed = stream_seed(self.options.seed, self.task.task_id, "dropout", self.epoch_in_task)
         torch.manual_seed(seed)
         self.context.batches = int(self.trainer.num_training_batches)
+
+    def _reset_scaler(self) -> None:
+        """Losses in half precision are scaled anew in each task, by a factor that no other task has tuned."""
+        scaler = getattr(getattr(self._trainer, "precision_plugin", None), "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            return
+        if self._first_scale is None:
+            self._first_scale = scaler.state_dict()
+        scaler.load_state_dict(self._first_scale)
 
     @property
     def epoch_in_task(self) -> int:
@@ -259,7 +276,6 @@ class ContinualLearner(Answering):
         draws: torch.Generator | None = None,
     ) -> Batch:
         """A batch of replayed images: a fresh draw of the current task's augmentation, from a stream of its own."""
-        assert self.task is not None
         raw = images.to(self.device, non_blocking=True)
         labels, example_ids, task_ids = (
             column.to(self.device, torch.int64, non_blocking=True) for column in (labels, example_ids, task_ids)

@@ -31,7 +31,8 @@ def _wandb(folder: Path, options: dict[str, Any]) -> Any:
 def _mlflow(folder: Path, options: dict[str, Any]) -> Any:
     from lightning.pytorch.loggers import MLFlowLogger
 
-    return MLFlowLogger(save_dir=str(folder / "mlruns"), **options)
+    place = {} if "tracking_uri" in options else {"tracking_uri": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
+    return MLFlowLogger(**{**place, **options})
 
 
 LOGGERS: dict[str, Callable[[Path, dict[str, Any]], Any]] = {

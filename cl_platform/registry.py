@@ -60,3 +60,4 @@ def _origin(entry: Any) -> str:
 strategies = Registry("strategy")
 scenarios = Registry("scenario")
 backbones = Registry("backbone")
+unlearning_methods = Registry("unlearning method")

@@ -46,6 +46,12 @@ class Representation:
         self._stream, self._seed, self._path = stream, seed, folder / FILE
         self._first: dict[str, Tensor] = {}  # position -> features of its test images right after it was learnt
         self._records: list[dict[str, Any]] = []
+        self._forgotten: set[int] = set()
+
+    def forget(self, position: int) -> None:
+        """Look no more at the task of a position, which was forgotten on request, nor remember its features."""
+        self._forgotten.add(position)
+        self._first.pop(str(position), None)
 
     def reopen(self, records: list[dict[str, Any]]) -> None:
         """Go on behind the last task of ``records``, with the features that its run has written."""
@@ -64,21 +70,23 @@ class Representation:
         """Look at the features of all tasks up to ``position``."""
         from safetensors.torch import save
 
-        tasks = self._stream.tasks[: position + 1]
+        places = [place for place in range(position + 1) if place not in self._forgotten]
+        tasks = [self._stream.tasks[place] for place in places]
         train = [_some(task.train, TRAIN_PER_CLASS * len(task.classes), self._seed, task.task_id) for task in tasks]
         test = [_some(task.test, TEST_PER_TASK, self._seed, task.task_id) for task in tasks]
         known, now = ([learner.features_of(part).cpu() for part in parts] for parts in (train, test))
-        self._first[str(position)] = now[-1].contiguous()
+        here = dict(zip(places, now, strict=True))
+        self._first[str(position)] = here[position].contiguous()
         write_atomically(self._path, save(self._first))
         seen, labels = torch.cat(known), torch.cat([part.labels for part in train])
         asked, truth = torch.cat(now), torch.cat([part.labels for part in test])
-        before = {j: self._first[str(j)] for j in range(position) if str(j) in self._first}
+        before = {j: self._first[str(j)] for j in places if j < position and str(j) in self._first}
         self._records.append(
             {
                 "probe_acc": _plain(probe_acc(seen, labels, asked, truth)),
                 "nme_acc": _plain(nme_acc(seen, labels, asked, truth)),
-                "cka_drift": {str(j): _plain(cka_drift(h, now[j])) for j, h in before.items()},
-                "cka_drift_debiased": {str(j): _plain(cka_drift_debiased(h, now[j])) for j, h in before.items()},
+                "cka_drift": {str(j): _plain(cka_drift(h, here[j])) for j, h in before.items()},
+                "cka_drift_debiased": {str(j): _plain(cka_drift_debiased(h, here[j])) for j, h in before.items()},
             }
         )
 

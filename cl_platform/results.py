@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from cl_platform.metrics.continual_results import continual_entries, coverage, g
 from cl_platform.metrics.results import entry
 
 if TYPE_CHECKING:
-    from cl_platform.scenarios import Stream
+    from cl_platform.scenarios import Stream, Task
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Continual:
         tolerance: how far below the old accuracy counts as recovered.
         reason: why its metrics have no values, where that is so whatever the log holds.
         further: space -> entries of other onlookers.
+        forgotten: ids of tasks that were forgotten on request; no average is over them.
     """
 
     log: ContinualLog | None = None
@@ -36,13 +37,16 @@ class Continual:
     tolerance: float = 0.02
     reason: str | None = "evaluation_off"
     further: Callable[[str], dict[str, dict[str, Any]]] = lambda space: {}
+    forgotten: Collection[int] = ()
 
     def entries(self, spaces: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Entries of ``metrics.json`` under suffixed keys."""
         if self.reason is not None:
             made = continual_entries(None, spaces, reason=self.reason)
         else:
-            made = continual_entries(self.log, spaces, window=self.window, tolerance=self.tolerance)
+            made = continual_entries(
+                self.log, spaces, window=self.window, tolerance=self.tolerance, forgotten=self.forgotten
+            )
         return {**made, **self.further(spaces[0])}
 
     def tables(self, primary: str) -> dict[str, Any]:
@@ -51,7 +55,7 @@ class Continual:
             return {"continual": self.facts, "gaps": []}
         extent = coverage(self.log, primary)
         bad = [str(row) for row in self.log.bad_rows]
-        gaps = [] if self.reason else gap_table(self.log, primary, self.window, self.tolerance)
+        gaps = [] if self.reason else gap_table(self.log, primary, self.window, self.tolerance, self.forgotten)
         return {"continual": {**self.facts, **extent, "bad_rows": bad}, "gaps": gaps}
 
 
@@ -76,15 +80,41 @@ class Results:
         """The matrix of the scenario's own prediction space."""
         return self._matrices[self._spaces[0]]
 
+    @property
+    def forgotten(self) -> frozenset[int]:
+        """Ids of tasks that were learnt and then forgotten on request."""
+        return frozenset(self.primary.forgotten)
+
+    def kept(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those of some tasks that were not forgotten."""
+        return [task for task in tasks if task.task_id not in self.primary.forgotten]
+
+    def forget(self, task_id: int) -> None:
+        """Leave a task out of all that follows, and of every average; its counts by class and image go."""
+        others = {c for task in self.kept(self._tasks) if task.task_id != task_id for c in task.classes}
+        classes = [c for task in self._tasks if task.task_id == task_id for c in task.classes if c not in others]
+        for matrix in self._matrices.values():
+            matrix.forget(task_id, classes)
+        self.diagnostics.forget(task_id, classes)
+
     def add(self, position: int, counts: Counts) -> None:
         """Add the evaluation after the task at ``position``; columns beyond it are tasks not learnt yet."""
-        self.diagnostics.add(position, counts)
-        ids = [task.task_id for task in self._tasks[: len(counts.total)]]
+        tasks = self.kept(self._tasks)[: len(counts.total)]
+        ids = [task.task_id for task in tasks]
+        learnt = [task.task_id for task in tasks if task.position <= position]
+        self.diagnostics.add(position, counts, self.kept(self._tasks[: position + 1]))
         for space, matrix in self._matrices.items():
             cells = dict(zip(ids, zip(counts.correct[space], counts.total, strict=True), strict=True))
-            pooled = dict(zip(ids[: position + 1], counts.cumulative, strict=False)) if space == "cil" else None
+            pooled = dict(zip(learnt, counts.cumulative, strict=False)) if space == "cil" else None
             per_class = counts.per_class if space == self._spaces[0] else None
             matrix.append_row(self._tasks[position].task_id, cells, pooled, per_class)
+
+    def take_back(self) -> None:
+        """Remove the newest evaluation, to be followed by another one at its place."""
+        for matrix in self._matrices.values():
+            matrix.rows.pop()
+            matrix.cumulative.pop()
+        self.diagnostics.take_back()
 
     def csv(self) -> str:
         """Text of ``accuracy_matrix.csv`` in the primary space."""
@@ -125,7 +155,13 @@ class Results:
             candidates=candidates,
             extra={**self._curve_entries(), **continual.entries(self._spaces), **self.diagnostics.entries()},
         )
-        return {**summary, **continual.tables(self._spaces[0]), "strategy": strategy_facts}
+        tables = continual.tables(self._spaces[0])
+        return {**summary, **tables, "forgotten": self._forgotten_cells(), "strategy": strategy_facts}
+
+    def _forgotten_cells(self) -> list[dict[str, Any]]:
+        """Why cells of the matrix are empty from some row on."""
+        ids, rows = self.primary.task_ids, self.primary.forgotten
+        return [{"task_id": t, "after_task": ids[rows[t] - 1], "reason": "forgotten"} for t in sorted(rows)]
 
     def _candidates(self, space: str) -> list[int]:
         sizes, seen = [], set()
@@ -148,5 +184,6 @@ class Results:
     def load_json(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`to_json` gave."""
         matrices = state["matrices"]
-        self._matrices = {space: AccuracyMatrix.from_dict(matrices[space]) for space in self._spaces}
+        ids = {task.task_id for task in self._tasks}
+        self._matrices = {space: AccuracyMatrix.from_dict(matrices[space]).only(ids) for space in self._spaces}
         self.diagnostics.load_json(state["diagnostics"])

@@ -79,6 +79,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         taken = {key: value for key, value in keys.items() if key != "optimizer"}  # a recommendation for that group
         strategy[name] = dataclasses.asdict(typed(registry.strategies.get(name).Config, taken, f"strategy.{name}"))
     plain |= {"strategy": strategy, "order of strategies": list(strategy)}
+    plain["unlearning"] = {"sequence": config.unlearning.sequence}  # requests may come later; this is what was learnt
     return {**plain, "trainer": {**plain["trainer"], "progress": None}}  # shows something, changes nothing
 
 

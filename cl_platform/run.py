@@ -8,30 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-
 from cl_platform import efficiency, environment
-from cl_platform.backbones import build_backbone, refuse_prompts, supports_prompts
+from cl_platform.building import build_learner, check_future, check_sizes, instructions_of, restored, stream_of
 from cl_platform.callbacks.interruption import Interrupted, Interruption
 from cl_platform.callbacks.passage import Passage
+from cl_platform.callbacks.private_unlearning import PrivateUnlearning
 from cl_platform.callbacks.progress import StreamProgress
 from cl_platform.callbacks.tensorboard import boards
 from cl_platform.cost import Cost
 from cl_platform.energy import EnergyMeter, gpus_of
 from cl_platform.errors import UserError
-from cl_platform.estimate import estimate_seconds
+from cl_platform.estimate import duration, estimate_seconds
 from cl_platform.evaluation import count_correct
-from cl_platform.learner import ContinualLearner, LearnerOptions
+from cl_platform.learner import ContinualLearner
 from cl_platform.loggers import build_loggers, check_loggers
 from cl_platform.plan import Plan
 from cl_platform.results import Results
 from cl_platform.resume import locate
-from cl_platform.run_config import RunConfig, TrainerConfig
-from cl_platform.run_folder import Checkpoint, RunFolder, to_json
-from cl_platform.scenarios import Stream, StreamLoader, Transforms, as_told, build_stream
-from cl_platform.strategies.composition import build_strategies
+from cl_platform.run_config import RunConfig
+from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, to_json, to_yaml
+from cl_platform.scenarios import Stream, StreamLoader
+from cl_platform.site import Site
 from cl_platform.strategies.phases import Phase
-from cl_platform.trainer import batches_of, build_trainer, explained_memory, quiet_libraries
+from cl_platform.trainer import build_trainer, explained_memory, quiet_libraries
+from cl_platform.unlearning import forgotten
+from cl_platform.unlearning.engine import Wish
 from cl_platform.watchers import Watchers, irregular
 
 log = logging.getLogger("cl_platform")
@@ -56,29 +57,6 @@ class RunResult:
     stream: Stream
 
 
-def build_learner(config: RunConfig, stream: Stream) -> ContinualLearner:
-    """Backbone, head and strategies as configured; refuses what cannot work together.
-
-    Raises:
-        UserError: a backbone that the strategy cannot use, or a key out of range.
-    """
-    composition = build_strategies(config.strategy)
-    backbone = build_backbone(config.backbone, config.seed)
-    if config.trainer.compile:
-        backbone.compile_blocks()
-    for strategy in composition.strategies:
-        if strategy.needs.prompts and supports_prompts(backbone) is not None:
-            raise refuse_prompts(backbone, strategy.name)
-    transforms = Transforms.from_scenario(config.scenario, backbone.input_size, backbone.mean, backbone.std)
-    options = LearnerOptions(
-        seed=config.seed,
-        batch_size=config.trainer.batch_size,
-        head_init=config.head.init,
-        cache_bytes=config.evaluation.cache_bytes,
-    )
-    return ContinualLearner(backbone, composition, transforms, as_told(stream), config.optimizer, options)
-
-
 def run(config: RunConfig) -> RunResult:
     """Train, evaluate, save: everything that ``train.py`` does, as a function.
 
@@ -86,63 +64,97 @@ def run(config: RunConfig) -> RunResult:
         UserError: for input that cannot be run; nothing is left on disk then.
         Interrupted: Ctrl-C or SIGTERM, after the running step.
     """
-    cost = Cost()
+    result = carry_on(config)
+    assert result is not None
+    return result
+
+
+def carry_on(
+    config: RunConfig, folder: RunFolder | None = None, until: int | None = None, wish: Wish | None = None
+) -> RunResult | None:
+    """A run to its end, or to a bound between two of its tasks.
+
+    Args:
+        config: the run's.
+        folder: the run folder, where the caller has locked it already.
+        until: tasks that are learnt, or passed, when it stops; ``None``: all.
+        wish: what is forgotten before anything more is learnt.
+
+    Returns:
+        ``None`` where the run stopped before its end.
+    """
     quiet_libraries()
     check_loggers(config.logger)
-    with cost.phase("data"):
-        stream = build_stream(config.scenario, config.data, config.seed)
-    _check_future(config, stream)
-    with cost.phase("setup"):
-        learner = build_learner(config, stream)
-        plan = Plan(config.trainer, config.seed, stream, learner.composition)
-        _check_sizes(config.trainer, plan.phases, learner)
-        interruption = Interruption()
-        trainer = build_trainer(config.trainer, [interruption])
-        path, checkpoint = locate(config)
-        folder = RunFolder(path)
+    path, checkpoint = locate(config)
+    locked, fresh = folder, not path.exists()
     try:
-        return _Run(config, stream, learner, plan, folder, cost, trainer, interruption).execute(checkpoint)
+        while True:
+            made = Course(config, path, checkpoint, until)
+            try:
+                locked = made.folder = locked or RunFolder(path, fresh)
+            except FileExistsError:  # a run that started in the same second has it
+                path, checkpoint = locate(config)
+                continue
+            result = made.execute(wish)
+            if not made.unlearning.replaced:
+                return result
+            checkpoint, wish = next(checkpoints(path), None), None
+            if until is not None:
+                until = 0 if checkpoint is None else checkpoint.position + 1
     finally:
-        folder.close()
+        if folder is None and locked is not None:
+            locked.close()
 
 
-class _Run:
-    """The parts of one run and the loop over its phases."""
+class Course:
+    """The parts of one run and the loop over its phases; made anew when its history is replaced."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        stream: Stream,
-        learner: ContinualLearner,
-        plan: Plan,
-        folder: RunFolder,
-        cost: Cost,
-        trainer: L.Trainer,
-        interruption: Interruption,
-    ) -> None:
-        self.config, self.stream, self.learner = config, stream, learner
-        self.plan, self.phases = plan, plan.phases
-        self.folder, self.cost, self.trainer, self.interruption = folder, cost, trainer, interruption
+    folder: RunFolder
+
+    def __init__(self, config: RunConfig, path: Path, checkpoint: Checkpoint | None, until: int | None) -> None:
+        self.config, self.path, self.checkpoint = config, path, checkpoint
+        self.cost = cost = Cost()
+        self.record = forgotten.after(path, None if checkpoint is None else checkpoint.state)
+        self.instructions = instructions_of(config, self.record)
+        with cost.phase("data"):
+            self.stream = stream = stream_of(config, self.record, self.instructions)
+        check_future(config, stream)
+        with cost.phase("setup"):
+            self.learner = learner = build_learner(config, stream)
+            self.plan = plan = Plan(config.trainer, config.seed, stream, learner.composition)
+            check_sizes(config.trainer, plan.phases, learner)
+            self.interruption = Interruption()
+            self.trainer = build_trainer(config.trainer, [self.interruption])
+        self.phases = plan.phases
+        self.until = len(stream.tasks) if until is None else until
         self.results = Results(stream, trains_once=irregular(stream, plan.looks) == "joint_trains_once")
         self.trained_epochs = 0
         self.digest = learner.backbone.digest()
         self.loggers: list[Any] = []
-        self.watchers = Watchers(config, stream, plan.looks, plan.steps, folder.path, cost, self._publish)
+        self.watchers = Watchers(config, stream, plan.looks, plan.steps, path, cost, self._publish)
         self._attend(learner)
         self.task_costs: list[dict[str, Any]] = []
+        self.saved: tuple[int, Phase] | None = None  # what the newest checkpoint is of
+        self.unlearning = PrivateUnlearning(Site(self), config.unlearning, self.instructions)
 
-    def execute(self, checkpoint: Checkpoint | None) -> RunResult:
-        handler = self._log_file()
+    def execute(self, wish: Wish | None = None) -> RunResult | None:
+        """Learn what is ahead; ``None`` where the run stops before its end, or goes on from another history."""
+        self.log_file = handler = self._opened_log()
         try:
-            first = self._prepare(checkpoint)
+            first = self._prepare(self.checkpoint)
             self.interruption.install()
             if self.config.trainer.progress:
                 self.progress.start()
             try:
+                self.unlearning.settle(wish)
                 self._loop(first)
+                if self.saved is not None and not self.unlearning.replaced:
+                    self._write_results()
             finally:  # a bar left running would hide the cursor behind a refusal
                 self.progress.stop()
-            return self._finish()
+            if self.unlearning.replaced:
+                return None
+            return self._finish() if self.until == len(self.stream.tasks) else None
         except Interrupted as stop:
             stop.folder = self.folder.path
             done = len(self.learner.learnt)
@@ -154,7 +166,7 @@ class _Run:
             log.removeHandler(handler)
             handler.close()
 
-    def _log_file(self) -> logging.Handler:
+    def _opened_log(self) -> logging.Handler:
         handler = logging.FileHandler(self.folder.path / "run.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
@@ -177,9 +189,12 @@ class _Run:
             self.watchers.open()
             for board in self.boards:
                 board.open(config.raw)
-            self.folder.write("config.yaml", _yaml(config.raw))
+            self.folder.write("config.yaml", to_yaml(config.raw))
         else:
-            self._restore(checkpoint)
+            self.recall(checkpoint)
+            self.watchers.reopen(checkpoint.position, checkpoint.state["evaluation"])
+            done, phase = self.stream.tasks[checkpoint.position].task_id, checkpoint.state["phase"]
+            log.info("resumed after task %d (%d of %d)", done, phase + 1, len(self.phases))
         facts = environment.describe(config.seed, self.stream, learner.backbone, self.digest, learner.transforms.id)
         self.folder.write("environment.json", to_json(facts))
         first = 0 if checkpoint is None else checkpoint.state["phase"] + 1
@@ -191,7 +206,7 @@ class _Run:
         size, images = config.trainer.batch_size, plan.images_from(first)
         seconds = estimate_seconds(learner, self.phases[first:], self.stream, epochs, size, images)
         name = f"{config.strategy_name} on {self.stream.name}, {len(self.stream.tasks)} tasks"
-        log.info("%s: about %s of training; run folder %s", name, _duration(seconds), self.folder.path)
+        log.info("%s: about %s of training; run folder %s", name, duration(seconds), self.folder.path)
         return first
 
     def _publish(self, step: int, values: Mapping[str, float]) -> None:
@@ -201,12 +216,15 @@ class _Run:
     def _loop(self, first: int) -> None:
         for number in range(first, len(self.phases)):
             phase = self.phases[number]
+            if self.unlearning.replaced or phase.position >= self.until:
+                return
             looks = self.plan.looks if self.plan.through else [phase]
             if phase.fresh:
                 self._start_afresh()
             self._announce(looks[0])
             steps = self.learner.steps
             with self.cost.phase("boundary"):
+                self.unlearning.begin_task(phase.task)
                 self.learner.begin_task(phase.task, self.plan.epochs, self.trained_epochs)
             with self.cost.phase("report"):
                 self.task_costs.append(efficiency.task_flops(self.learner))
@@ -218,13 +236,15 @@ class _Run:
             self.interruption.check()
             with self.cost.phase("boundary"), explained_memory(self.config.trainer):
                 self.learner.end_task(phase.task)
+                self.unlearning.learnt(phase.task)
             self.cost.updates += self.learner.steps - steps
             for file, text in self.learner.composition.artefacts().items():
                 self.folder.write(file, text)
             self.task_costs[-1] |= efficiency.task_sizes(self.learner)
             self._close(looks[-1])
-            self._save(number, looks[-1])
+            self.save(number, looks[-1])
             self.interruption.check()
+            self.unlearning.end_task()
 
     def _announce(self, look: Phase) -> None:
         self.progress.begin_task(look.position, self._task_name(look), look.task.task_id)
@@ -232,7 +252,7 @@ class _Run:
     def _close(self, look: Phase) -> None:
         """Onlookers and the whole test sets after a task's last update."""
         self.watchers.end_task(self.learner, look, self.learner.steps)
-        self._evaluate(look)
+        self.evaluate(look)
 
     def _pass(self, position: int) -> None:
         """From a task of the scenario to the next, inside a training that does not notice."""
@@ -269,13 +289,13 @@ class _Run:
             self.trainer.fit(self.learner, train_dataloaders=loader)
         self.cost.images_trained += self.plan.images(phase)
 
-    def _evaluate(self, phase: Phase) -> None:
+    def evaluate(self, phase: Phase) -> None:
+        """Fill the matrix's row after a phase from the whole test sets."""
         seen = self.stream.tasks if self.config.evaluation.future_tasks else self.stream.tasks[: phase.position + 1]
         with self.cost.phase("eval_boundary"):
-            counts = count_correct(self.learner, seen)
+            counts = count_correct(self.learner, self.results.kept(seen))
         self.results.add(phase.position, counts)
-        self.folder.write("accuracy_matrix.csv", self.results.csv())
-        self.folder.write("confusion.json", to_json(self.results.diagnostics.confusion()))
+        self._write_results()
         values = {**self.results.curves(phase.position), **self.results.diagnostics.scalars()}
         self._publish(self.learner.steps, values)
         with self.cost.phase("report"):
@@ -284,11 +304,30 @@ class _Run:
         self.progress.end_task(self.results.line(phase.position))
         log.debug("%s", self.results.line(phase.position))
 
-    def _save(self, number: int, phase: Phase) -> None:
-        state = {
-            "phase": number,
+    def _write_results(self) -> None:
+        self.folder.write("accuracy_matrix.csv", self.results.csv())
+        self.folder.write("confusion.json", to_json(self.results.diagnostics.confusion()))
+
+    @property
+    def passed(self) -> int:
+        """Tasks of the stream that the newest checkpoint has behind it."""
+        return 0 if self.saved is None else self.saved[1].position + 1
+
+    def save(self, number: int, phase: Phase) -> None:
+        """Write the checkpoint after a phase."""
+        self.saved = (number, phase)
+        with self.cost.phase("checkpoint"):
+            self.folder.save_checkpoint(phase.position, self.learner.learnt_state(), self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors, as plain JSON."""
+        assert self.saved is not None
+        return {
+            "phase": self.saved[0],
             "trained_epochs": self.trained_epochs,
             "learnt": self.learner.learnt,
+            "forgotten": self.record.to_json(),
+            "unlearning": self.unlearning.state(),
             "results": self.results.to_json(),
             "loops": self.trainer.fit_loop.state_dict(),
             "cost": self.cost.state(),
@@ -300,22 +339,19 @@ class _Run:
             "backbone_sha256": self.digest,
             "backbone_frozen": self.learner.backbone.frozen,
         }
-        with self.cost.phase("checkpoint"):
-            self.folder.save_checkpoint(phase.position, self.learner.learnt_state(), state)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def recall(self, checkpoint: Checkpoint) -> None:
+        """Put back what a checkpoint holds, in memory."""
         state = checkpoint.state
         if state["backbone_sha256"] != self.digest:
             raise UserError(
                 "resume",
-                self.folder.path,
+                self.path,
                 "the backbone's weights are not those the run started with",
                 "Use the same backbone",
             )
-        if state["backbone_frozen"]:
-            self.learner.backbone.freeze()
-        self.learner.load_learnt_state(checkpoint.tensors)
-        self.learner.learnt = list(state["learnt"])
+        restored(self.learner, checkpoint.tensors, state["learnt"], state["backbone_frozen"])
+        self.unlearning.load_state(state["unlearning"])
         self.learner.forwards_train = state["forwards_train"]
         self.learner.images_forwarded = state["images_forwarded"]
         self.learner.further_updates = state["further_updates"]
@@ -324,9 +360,9 @@ class _Run:
         self.cost.load_state(state["cost"])
         self.task_costs = list(state["task_costs"])
         self.trainer.fit_loop.load_state_dict(state["loops"])
-        self.watchers.reopen(checkpoint.position, state["evaluation"])
-        done = self.stream.tasks[checkpoint.position].task_id
-        log.info("resumed after task %d (%d of %d)", done, state["phase"] + 1, len(self.phases))
+        self.saved = (state["phase"], next(p for p in self.plan.looks if p.position == checkpoint.position))
+        for task_id in self.record.in_place:
+            self.watchers.forget(self.stream.task(task_id).position)
 
     def _report(self) -> None:
         """Draw what the folder holds; a failure there costs no result."""
@@ -341,7 +377,8 @@ class _Run:
 
     def _finish(self) -> RunResult:
         with self.cost.phase("report"):
-            metrics = self.results.metrics(self.learner.composition.inspect(), self.watchers.continual(self.learner))
+            continual = self.watchers.continual(self.learner, self.results.forgotten)
+            metrics = self.results.metrics(self.learner.composition.inspect(), continual)
             self.folder.write("metrics.json", to_json(metrics))
             self.cost.forwards_train = self.learner.forwards_train
             self.cost.images_forwarded_train = self.learner.images_forwarded
@@ -358,39 +395,3 @@ class _Run:
         for logger in self.loggers:
             logger.finalize("success")
         return RunResult(self.folder.path, metrics, cost, self.learner, self.stream)
-
-
-def _check_future(config: RunConfig, stream: Stream) -> None:
-    if config.evaluation.future_tasks and stream.setting != "domain":
-        raise UserError(
-            "evaluation.future_tasks", True, "classes of later tasks are no candidates before they are learnt",
-            "Use it with a domain-incremental scenario",
-        )  # fmt: skip
-
-
-def _check_sizes(config: TrainerConfig, phases: list[Phase], learner: ContinualLearner) -> None:
-    if not learner.composition.needs_gradient:
-        return
-    for phase in phases:
-        if batches_of(len(phase.task.train), config) == 0:
-            raise UserError(
-                "trainer.batch_size", config.batch_size,
-                f"task {phase.task.task_id} has {len(phase.task.train)} training images, so an epoch has no step",
-                "Lower it, or set trainer.drop_last=false",
-            )  # fmt: skip
-
-
-def _yaml(raw: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -12,6 +12,7 @@ from cl_platform.config import setting, typed
 from cl_platform.errors import UserError, nearest
 from cl_platform.optimizers import OptimizerConfig
 from cl_platform.scenarios import DataConfig, ScenarioConfig
+from cl_platform.unlearning.config import UnlearningConfig, parse_unlearning
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class RunConfig:
     report: ReportConfig
     data: DataConfig
     logger: dict[str, dict[str, Any]]
+    unlearning: UnlearningConfig
     seed: int
     run_dir: str | None
     output_root: str
@@ -118,7 +120,7 @@ class RunConfig:
 
 TOP_LEVEL = (
     "strategy", "scenario", "backbone", "trainer", "optimizer", "head", "evaluation", "diagnostics", "report", "data",
-    "logger",
+    "logger", "unlearning",
     "seed", "run_dir", "output_root", "resume", "debug", "plugins", "sweep",
 )  # fmt: skip
 
@@ -157,6 +159,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         report=typed(ReportConfig, raw.get("report"), "report"),
         data=typed(DataConfig, raw.get("data"), "data"),
         logger=_named_groups(raw, "logger"),
+        unlearning=parse_unlearning(raw.get("unlearning")),
         seed=seed,
         run_dir=raw.get("run_dir"),
         output_root=str(raw.get("output_root") or Path("outputs")),

@@ -27,6 +27,13 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def to_yaml(value: Any) -> str:
+    """Readable YAML, keys in their order."""
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """State after a finished task.
@@ -43,13 +50,29 @@ class Checkpoint:
 
 
 class RunFolder:
-    """A run's folder, locked while the run writes to it; the kernel releases the lock when the process dies."""
+    """A run's folder, locked while the run writes to it; the kernel releases the lock when the process dies.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the folder.
+        fresh: it was not there when it was chosen.
+
+    Raises:
+        FileExistsError: a fresh one is there by now: another run of the same second has it.
+        UserError: it cannot be written, or another run is writing to it.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
         try:
+            if fresh:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held open for the life of the run
+        except FileExistsError:
+            if fresh and path.is_dir():
+                raise
+            raise UserError("run_dir", path, "cannot be written (not a folder)", "Choose another folder") from None
         except OSError as error:
             raise UserError(
                 "run_dir", path, f"cannot be written ({error.strerror})", "Choose another folder with run_dir=FOLDER"
@@ -60,6 +83,18 @@ class RunFolder:
             raise UserError(
                 "run_dir", path, "another run is writing to it", "Wait for it, or choose another"
             ) from error
+        self._mend()
+
+    def _mend(self) -> None:
+        """Finish what a crash interrupted while a checkpoint was exchanged."""
+        for old in (self.path / "checkpoints").glob(".task_*.old"):
+            final = old.with_name(old.name[1:].removesuffix(".old"))
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                os.rename(old, final)
+        for torn in (self.path / "checkpoints").glob(".task_*.tmp"):
+            shutil.rmtree(torn)
 
     def close(self) -> None:
         """Release the lock."""
@@ -82,10 +117,12 @@ class RunFolder:
         write_atomically(temporary / "model.safetensors", blob)
         digest = hashlib.sha256(blob).hexdigest()
         write_atomically(temporary / "state.json", to_json({"position": position, "model_sha256": digest, **state}))
+        old = final.with_name(f".task_{position}.old")
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, old)  # put back by the next start if a crash comes before the new one is there
         os.rename(temporary, final)
         sync(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
         return final
 
     def remove_checkpoints(self) -> None:
@@ -94,17 +131,19 @@ class RunFolder:
         (self.path / "checkpoints").mkdir()
 
 
+def checkpoint_positions(run: Path) -> list[int]:
+    """Positions of the checkpoints that a run has, ascending; whether they are intact is not looked at."""
+    names = (folder.name.removeprefix("task_") for folder in (run / "checkpoints").glob("task_*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def checkpoints(run: Path) -> Iterator[Checkpoint]:
     """Intact checkpoints of a run, newest first; a broken one is named in the log and passed over."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    found = []
-    for folder in (run / "checkpoints").glob("task_*"):
-        suffix = folder.name.removeprefix("task_")
-        if suffix.isdigit():
-            found.append((int(suffix), folder))
-    for position, folder in sorted(found, reverse=True):
+    for position in reversed(checkpoint_positions(run)):
+        folder = run / "checkpoints" / f"task_{position}"
         try:
             state = json.loads((folder / "state.json").read_text())
             blob = (folder / "model.safetensors").read_bytes()
@@ -116,24 +155,12 @@ def checkpoints(run: Path) -> Iterator[Checkpoint]:
 
 
 def new_run_path(root: Path, scenario: str, strategy: str) -> Path:
-    """A new empty folder ``root/<scenario>/<strategy>/<date>_<time>``, with a counter where that one is taken.
-
-    Raises:
-        UserError: ``root`` cannot be written.
-    """
+    """``root/<scenario>/<strategy>/<date>_<time>``, with a counter where that one is taken."""
     base = root / scenario / strategy / datetime.now().strftime("%Y-%m-%d_%H%M%S")
     path, number = base, 2
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                path.mkdir()
-                return path
-            except FileExistsError:  # runs that start in the same second, maybe in other processes
-                path, number = base.with_name(f"{base.name}_{number}"), number + 1
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        raise UserError("output_root", root, reason, "Choose another folder") from error
+    while path.exists():
+        path, number = base.with_name(f"{base.name}_{number}"), number + 1
+    return path
 
 
 def latest_run(root: Path, scenario: str, strategy: str) -> Path | None:

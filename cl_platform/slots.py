@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ class Slots(nn.Module):
         self._parameter_names = parameters
         self._buffer_names = buffers
         self.tasks = nn.ModuleDict()
-        self._known: dict[tuple[int, str], tuple[Tensor, int, tuple[int, ...]]] = {}
+        self._known: dict[tuple[int, str], tuple[weakref.ref[Tensor], int, tuple[int, ...]]] = {}
 
     def add(self, task_id: int, **tensors: Tensor) -> None:
         """Create the slot of ``task_id`` holding ``tensors``; an existing one is replaced."""
@@ -60,9 +61,9 @@ class Slots(nn.Module):
         """The whole numbers of a remembered tensor, read from the device once for as long as they stay the same."""
         tensor = self.get(task_id, name)
         known = self._known.get((task_id, name))
-        if known is None or known[0] is not tensor or known[1] != tensor._version:
+        if known is None or known[0]() is not tensor or known[1] != tensor._version:
             values = tuple(int(number) for number in tensor.flatten().tolist())
-            known = self._known[task_id, name] = (tensor, tensor._version, values)
+            known = self._known[task_id, name] = (weakref.ref(tensor), tensor._version, values)
         return known[2]
 
     def all_numbers(self, name: str) -> list[tuple[int, ...]]:
@@ -91,11 +92,11 @@ class Slots(nn.Module):
         kept = {
             (task_id, name): values
             for (task_id, name), (tensor, version, values) in self._known.items()
-            if task_id in self and self.get(task_id, name) is tensor and tensor._version == version
+            if task_id in self and self.get(task_id, name) is (found := tensor()) and found._version == version
         }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = {key: self.get(*key) for key in kept}
-        self._known = {key: (moved[key], moved[key]._version, values) for key, values in kept.items()}
+        self._known = {k: (weakref.ref(moved[k]), moved[k]._version, values) for k, values in kept.items()}
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

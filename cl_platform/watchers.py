@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,12 @@ class Watchers:
         if self.gradients is not None:
             self.gradients.reopen(position)
 
+    def forget(self, position: int) -> None:
+        """Look no more at the task of a position, which was forgotten on request."""
+        for watcher in (self.evaluation, self.representation):
+            if watcher is not None:
+                watcher.forget(position)
+
     def close(self) -> None:
         """Release the files."""
         for watcher in (self.evaluation, self.gradients):
@@ -128,8 +134,8 @@ class Watchers:
             with self._timed():
                 self.representation.end_task(learner, phase.position)
 
-    def continual(self, learner: ContinualLearner) -> Continual:
-        """What continual evaluation left, read back from its file."""
+    def continual(self, learner: ContinualLearner, forgotten: Collection[int] = ()) -> Continual:
+        """What continual evaluation left, read back from its file; no average is over ``forgotten`` task ids."""
         config, evaluation = self.config.evaluation, self.evaluation
         if evaluation is None:
             return Continual(facts={"grid": config.grid}, further=self._further)
@@ -140,7 +146,8 @@ class Watchers:
             "overhead": float(evaluation.tally.forwards_at_updates / forwards) if forwards else None,
         }
         read = parse((self.folder / FILE).read_text(), task_ids=[task.task_id for task in self.stream.tasks])
-        return Continual(read, facts, config.gap_window, config.gap_tolerance, self.reason, self._further)
+        window, tolerance = config.gap_window, config.gap_tolerance
+        return Continual(read, facts, window, tolerance, self.reason, self._further, forgotten)
 
     def _further(self, space: str) -> dict[str, dict[str, Any]]:
         return {} if self.representation is None else self.representation.entries(space)

@@ -72,7 +72,9 @@ def test_a_learner_has_the_figures_of_the_network_it_is_made_of():
     assert efficiency.flops_eval_image(learner, images) == 365_699_328
     counts = efficiency.parameter_counts(learner)
     assert counts["params_total"] == counts["params_trainable"] == 2_693_578
-    assert efficiency.memory_bytes(learner)["model_bytes"] == 4 * 2_693_578 + 10 * 8  # and the head's class ids
+    records = sum(tensor.nbytes for tensor in learner.owners.state_dict().values())
+    assert 0 < records < 1000
+    assert efficiency.memory_bytes(learner)["model_bytes"] == 4 * 2_693_578 + 10 * 8 + records  # and the class ids
 
 
 def test_a_buffer_of_two_hundred_images_with_labels_and_logits():

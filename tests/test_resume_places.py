@@ -64,13 +64,38 @@ def test_a_folder_may_be_named_by_a_number(config):
     assert str(locate(config("run_dir=2024"))[0]) == "2024"
 
 
-def test_runs_that_start_in_the_same_second_get_folders_of_their_own(config):
-    from concurrent.futures import ThreadPoolExecutor
+def test_a_folder_that_another_run_took_in_the_same_second_is_left_to_it(tmp_path):
+    from cl_platform.run_folder import RunFolder
 
-    new = config()
-    with ThreadPoolExecutor(8) as pool:
-        places = list(pool.map(lambda _: locate(new)[0], range(24)))
-    assert len(set(places)) == 24 and all(path.is_dir() for path in places)
+    RunFolder(tmp_path / "new" / "run", fresh=True).close()
+    with pytest.raises(FileExistsError):
+        RunFolder(tmp_path / "new" / "run", fresh=True)
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(config, monkeypatch):
+    from cl_platform import run
+
+    taken = []
+
+    def locate_slowly(wanted):  # the other run is quicker
+        path, checkpoint = locate(wanted)
+        if not taken:
+            taken.append(path)
+        return path, checkpoint
+
+    real = run.Course
+
+    def course(settings, path, *rest):
+        if len(taken) == 1:
+            taken.append(path)
+            path.mkdir(parents=True)
+        return real(settings, path, *rest)
+
+    monkeypatch.setattr(run, "locate", locate_slowly)
+    monkeypatch.setattr(run, "Course", course)
+    small = ("scenario.train_per_class=4", "scenario.test_per_class=2", "report.html=false", "logger=[]")
+    result = run.run(config(*small, "trainer.progress=false"))
+    assert result.path != taken[0] and not list(taken[0].iterdir())
 
 
 def started(config, run, *words, change=lambda raw: None):

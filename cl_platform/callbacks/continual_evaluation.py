@@ -117,6 +117,7 @@ class ContinualEvaluation(L.Callback):
         self._seen_step = 0
         self._low: dict[int, int] = {}  # position -> fewest right answers from the end of its task on
         self._worst: dict[int, int] = {}  # the same without that end: what min_acc is about
+        self._forgotten: set[int] = set()  # positions of tasks that are not looked at any more
         self._primary = spaces_of(stream.setting)[0]
 
     # -- life of a run ----------------------------------------------------------------------------------------------
@@ -146,9 +147,11 @@ class ContinualEvaluation(L.Callback):
         forwards, at_updates = Fraction(state["forwards"]), Fraction(state["forwards_at_updates"])
         self.tally = Tally(state["evaluations"], at_updates, forwards)
         self._grid_state = state["grid"]
+        if self._grid_state is not None and len(self._grid_state["updates"]) != len(self.settings.updates):
+            self._grid_state = {**self._grid_state, "updates": list(self.settings.updates)}  # the stream is another
         ids = [task.task_id for task in self.stream.tasks]
         curves = Curves.of(parse(text, task_ids=ids), self._primary)
-        for j in range(curves.begun):
+        for j in (j for j in range(curves.begun) if j not in self._forgotten):
             cells = [cell for step, cell in curves.visited(j).items() if step >= curves.ends[j]]
             if cells:
                 self._low[j] = min(right for right, _ in cells)
@@ -168,6 +171,12 @@ class ContinualEvaluation(L.Callback):
             "grid": grid,
         }
 
+    def forget(self, position: int) -> None:
+        """Look no more at the task of a position, which was forgotten on request."""
+        self._forgotten.add(position)
+        for known in (self._subsets, self._low, self._worst):
+            known.pop(position, None)  # type: ignore[attr-defined]
+
     def close(self) -> None:
         """Release the file."""
         if self._file is not None:
@@ -182,7 +191,7 @@ class ContinualEvaluation(L.Callback):
         if self._grid is None:
             self._choose(learner)
         assert self._grid is not None
-        self._ready = resident(learner, [self._subset(p) for p in range(phase.position + 1)])
+        self._ready = resident(learner, [self._subset(p) for p in range(phase.position + 1) if self._kept(p)])
         self._weight = image_weight(learner, self._ready.columns)
         updates = self.settings.updates[phase.position]
         self._grid.begin_task(phase.position, updates, {j: c for j, c in self._low.items() if j < phase.position})
@@ -199,6 +208,8 @@ class ContinualEvaluation(L.Callback):
         """Evaluate after update ``step`` of the run, in Lightning's loop or outside, if the grid says so."""
         assert self._grid is not None
         self._seen_step = step
+        if self._ready is None:  # between two tasks
+            return
         offset = step - self._begin
         if self._grid.due(offset):
             epoch = min(
@@ -241,6 +252,9 @@ class ContinualEvaluation(L.Callback):
         if self._grid_state is not None:
             self._grid.load_dict(self._grid_state)
 
+    def _kept(self, position: int) -> bool:
+        return position not in self._forgotten
+
     def _subset(self, position: int) -> Subset:
         if position not in self._subsets:
             assert self.images is not None
@@ -271,9 +285,10 @@ class ContinualEvaluation(L.Callback):
         self.tally.forwards += passes
         if event == "step":
             self.tally.forwards_at_updates += passes
-        cells = {position: by_space[self._primary] for position, by_space in enumerate(counts.values())}
+        place = {task.task_id: position for position, task in enumerate(self.stream.tasks)}
+        cells = {place[seen_id]: by_space[self._primary] for seen_id, by_space in counts.items()}
         if event != "start":
-            for j in range(self._position):
+            for j in (j for j in cells if j < self._position):
                 self._low[j] = min(self._low.get(j, cells[j][1]), cells[j][0])
                 self._worst[j] = min(self._worst.get(j, cells[j][1]), cells[j][0])
         self._publish(step, event, cells, losses or {})
@@ -288,11 +303,12 @@ class ContinualEvaluation(L.Callback):
         tags = {task.task_id: self._tag(p) for p, task in enumerate(self.stream.tasks[: len(cells)])}
         values |= {f"loss/task_{tags[task_id]}": loss for task_id, loss in losses.items()}
         values["switch/task"] = float(self._position)
-        if self._position and event == "step":
-            lows = [self._worst[j] / cells[j][1] for j in range(self._position)]
+        old = [j for j in cells if j < self._position]
+        if old and event == "step":
+            lows = [self._worst[j] / cells[j][1] for j in old]
             worst = sum(lows) / len(lows)
             values["continual/min_acc"] = worst
-            values["continual/wc_acc"] = (shares[self._position] + self._position * worst) / (self._position + 1)
+            values["continual/wc_acc"] = (shares[self._position] + len(old) * worst) / (len(old) + 1)
         self.publish(step, values)
 
     def _tag(self, position: int) -> str:

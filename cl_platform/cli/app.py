@@ -11,6 +11,8 @@ import typer
 from cl_platform.cli.compare import compare
 from cl_platform.cli.failures import our_fault, refused
 from cl_platform.cli.report import report
+from cl_platform.cli.unlearn import unlearn
+from cl_platform.cli.verify import verify
 from cl_platform.errors import UserError
 
 NAME = "python -m cl_platform"
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 app.command("report")(report)
 app.command("compare")(compare)
+app.command("unlearn")(unlearn)
+app.command("verify")(verify)
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a refused input.")]
 

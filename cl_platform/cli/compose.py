@@ -114,6 +114,11 @@ def _unknown_key(key: str, overrides: Sequence[str], known_keys: Sequence[str]) 
     group, _, rest = key.partition(".")
     choice = rest.partition(".")[0]
     if group in LISTS:
+        if members := _members(group, choice):
+            inner = [f"{group}.{member}.{rest.partition('.')[2]}" for member in members]
+            meant = next((k for k in inner if k in known_keys), None)
+            todo = f"Did you mean {meant}" if meant else f"Set keys of {' or '.join(members)}"
+            return UserError(key, given, f"{choice} is another name for {group}=[{','.join(members)}]", todo)
         if choice in groups()[group] and not any(k.startswith(f"{group}.{choice}.") for k in known_keys):
             return UserError(key, given, f"{choice} is not chosen in this run", f"Add {group}={choice}")
     elif others := _choices_with(group, rest):
@@ -123,6 +128,16 @@ def _unknown_key(key: str, overrides: Sequence[str], known_keys: Sequence[str]) 
         return UserError(key, given, "a key for lightning.Trainer is added with a plus", f"Write +{key}={given}")
     near = nearest(key, [k for k in known_keys if "." in k or "." not in key], 1)
     return UserError(key, given, "unknown key", f"Did you mean {near[0]}" if near else "See python train.py --help")
+
+
+def _members(group: str, choice: str) -> list[str]:
+    """The choices for which ``choice`` is another name, in order; none where it is one itself."""
+    import yaml
+
+    if choice not in groups()[group]:
+        return []
+    values = yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text(encoding="utf-8"))
+    return list(values.get("defaults", ()))
 
 
 def _choices_with(group: str, key: str) -> list[str]:

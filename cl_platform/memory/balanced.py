@@ -50,6 +50,7 @@ class ClassBalanced(Policy):
         super().__init__(capacity, seed)
         self.fixed_classes = fixed_classes
         self.fixed_quota = None if fixed_classes is None else fixed_quota(capacity, fixed_classes)
+        self.shared = self.fixed_quota is None
         self.floors: dict[int, float] = {}  # the largest key that a class let go
 
     def decide(self, offers: Offers, contents: Contents) -> Decision:
@@ -219,6 +220,7 @@ class Greedy(Policy):
             )
         self.mode, self.fixed_classes = mode, fixed_classes
         self.quota = fixed_quota(capacity, fixed_classes or 1) if mode == "first_k" else None
+        self.shared = self.quota is None
 
     def decide(self, offers: Offers, contents: Contents) -> Decision:
         """See :class:`Policy`."""

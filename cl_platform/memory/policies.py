@@ -103,7 +103,8 @@ class Policy(HostState):
     """Decides on host integers alone which offers a buffer keeps; all that it remembers is in ``state_dict``.
 
     ``when`` says what is offered: every batch (``step``) or a finished task as a whole (``task_end``). ``keyed``
-    policies store a number beside each example.
+    policies store a number beside each example. ``shared``: which rows of a task stay depends on what other tasks
+    offered; where it does not, a dropped task leaves what a buffer holds that never saw it.
 
     Args:
         capacity: slots M >= 1.
@@ -114,6 +115,7 @@ class Policy(HostState):
     when: ClassVar[Literal["step", "task_end"]] = "step"
     keyed: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    shared: bool = True
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
         super().__init__()
@@ -129,10 +131,12 @@ class Policy(HostState):
 
     def drop_task(self, task_id: int, contents: Contents) -> None:
         """Forget what ``task_id`` offered; called with what the buffer held before its rows were removed."""
-        self.ledger.drop_task(task_id)
+        dropped = self.ledger.drop_task(task_id)
+        if not self.shared:  # no draw depends on the number of offers
+            self.offers -= dropped
 
     def host_state(self) -> dict[str, Any]:
-        """``offers``: all that were ever made, also of dropped tasks; ``ledger``: those of the present tasks."""
+        """``offers``: all that were ever made, of dropped tasks too if ``shared``; ``ledger``: of the present tasks."""
         return {"offers": np.int64(self.offers), "ledger": self.ledger.to_array()}
 
     def load_host_state(self, state: Mapping[str, Any]) -> None:
@@ -273,6 +277,7 @@ class Ring(Policy):
     """
 
     name = "ring"
+    shared = False
 
     def __init__(self, capacity: int, per_task: int) -> None:
         super().__init__(capacity)

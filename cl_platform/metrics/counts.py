@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SPACES = ("cil", "til", "dil", "all")
@@ -145,6 +145,22 @@ class AccuracyMatrix:
         self.forgotten.setdefault(operator.index(task_id), self.num_trained)
         gone = set(classes)
         self.per_class = {c: cell for c, cell in self.per_class.items() if c not in gone}
+
+    def only(self, task_ids: Collection[int]) -> AccuracyMatrix:
+        """The matrix of a stream that leaves out all other tasks, none of which was trained yet.
+
+        Raises:
+            ValueError: one of them has a row.
+        """
+        gone = [task_id for task_id in self.task_ids if task_id not in task_ids]
+        trained = set(gone) & set(self.task_ids[: self.num_trained])
+        if trained:
+            raise ValueError(f"tasks {sorted(trained)} were trained already")
+        keep = [place for place, task_id in enumerate(self.task_ids) if task_id in task_ids]
+        narrow = [[row[place] for place in keep] for row in self.rows]
+        init = None if self.init is None else [self.init[place] for place in keep]
+        ids = [self.task_ids[place] for place in keep]
+        return replace(self, task_ids=ids, rows=narrow, init=init)
 
     def to_csv(self) -> str:
         """The accuracies as CSV text: a line per row, ``init`` first if known, exact decimals, else ``NaN``."""

@@ -17,6 +17,7 @@ from cl_platform.metrics.gap import GapPair
 from cl_platform.report import tables, words
 from cl_platform.report.drawing import embedded, png, settle, style, svg
 from cl_platform.report.figures import FIGURES, Drawn, draw_all
+from cl_platform.report.forgetting import MODELS, forgotten_tasks
 from cl_platform.report.run_view import RunView, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -120,6 +121,8 @@ def _content(view: RunView) -> dict[str, Any]:
         "recalls": tables.recalls(view),
         "strategy_facts": _written(view.metrics.get("strategy") or {}),
         "cost": tables.cost_rows(view),
+        "forgetting": forgotten_tasks(view.path),
+        "models": [name for _, name in MODELS],
         "surroundings": tables.surroundings(view),
         "bad_rows": bad[:MOST_BAD_ROWS],
         "bad_count": len(bad),

@@ -90,7 +90,7 @@ def stream_from_avalanche(
         online=options.online,
         skipped=0,
         source=f"the Avalanche benchmark {name}",
-        left_out=len(set(options.skip_tasks)),
+        left_out=tuple(sorted(set(options.skip_tasks))),
     )
 
 

@@ -36,7 +36,8 @@ def build_stream(scenario: ScenarioConfig, data: DataConfig, seed: int) -> Strea
     if scenario.kind not in scenarios:
         raise unknown_name("scenario", scenario.kind, scenarios.names())
     builder: Callable[[ScenarioConfig, DataConfig, int], Stream] = scenarios.get(scenario.kind)
-    return replace(builder(scenario, data, seed), hidden=scenario.boundaries == "hidden")
+    left_out = tuple(sorted(set(scenario.skip_tasks)))
+    return replace(builder(scenario, data, seed), hidden=scenario.boundaries == "hidden", left_out=left_out)
 
 
 def split_by_class(source: Source, scenario: ScenarioConfig, seed: int) -> Stream:
@@ -60,7 +61,7 @@ def split_by_class(source: Source, scenario: ScenarioConfig, seed: int) -> Strea
             labels = np.array([place[c] for c in pixels.labels[chosen].tolist()], dtype=np.int64)
             parts[name] = image_set(pixels, chosen, labels=labels if shared_labels else None)
         task_classes = tuple(range(len(classes))) if shared_labels else classes
-        tasks.append(Task(task_id, position, task_classes, **parts))
+        tasks.append(Task(task_id, position, task_classes, parts["train"], parts["validation"], parts["test"]))
     names = tuple(f"place {i}" for i in range(len(chunks[0]))) if shared_labels else source.class_names
     return _finish(source, scenario, tasks, names, tuple(range(len(names))) if shared_labels else order)
 
@@ -145,7 +146,6 @@ def _finish(
         online=scenario.online,
         skipped=source.skipped,
         source=source.sentence,
-        left_out=len(set(scenario.skip_tasks)),
     )
 
 

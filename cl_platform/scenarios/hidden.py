@@ -22,7 +22,9 @@ def as_told(stream: Stream) -> Stream:
 
     The one task declares the classes of all tasks from the start; its training images stand in the stream's order.
     """
-    return replace(stream, tasks=(_one_task(stream.tasks),), online=True, left_out=0) if stream.hidden else stream
+    if not stream.hidden:
+        return stream
+    return replace(stream, tasks=(_one_task(stream.tasks),), online=True, left_out=())
 
 
 def _one_task(tasks: Sequence[Task]) -> Task:

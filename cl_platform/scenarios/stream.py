@@ -21,6 +21,7 @@ class Task:
         train: images to learn from.
         validation: images held out of training; may be empty.
         test: images to evaluate on.
+        parts: the tasks that it is a union of; empty for a task of the scenario itself.
     """
 
     task_id: int
@@ -29,6 +30,7 @@ class Task:
     train: ImageSet
     validation: ImageSet
     test: ImageSet
+    parts: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Stream:
         online: whether every task is passed over once.
         skipped: number of unreadable images left out.
         source: a sentence that says where the data came from.
-        left_out: how many tasks of the scenario the stream leaves out.
         hidden: the bounds between tasks are for evaluation alone; see :func:`~cl_platform.scenarios.hidden.as_told`.
+        left_out: ids of the scenario's tasks that are not among ``tasks``; they count in what is divided by tasks.
     """
 
     name: str
@@ -62,8 +64,8 @@ class Stream:
     online: bool
     skipped: int
     source: str
-    left_out: int = 0
     hidden: bool = False
+    left_out: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -71,7 +73,7 @@ class Stream:
     @property
     def planned(self) -> int:
         """Tasks of the scenario, those left out included: what shares are divided by, so that none shifts."""
-        return len(self.tasks) + self.left_out
+        return len(self.tasks) + len(self.left_out)
 
     def task(self, task_id: int) -> Task:
         """The task of the given id; a KeyError if the stream has none."""

@@ -66,6 +66,10 @@ class AdapterStrategy(Strategy):
         """Remember the head rows of the task's classes."""
         self._head_rows = self.context.head.parameters_for(task.classes)
 
+    def let_go(self) -> None:
+        """See :class:`Strategy`."""
+        self._head_rows = []
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters that the current task trains."""
         raise NotImplementedError

@@ -34,6 +34,7 @@ class AGEM(ReferenceGradients):
 
     name = "agem"
     Config = AGEMConfig
+    leaks = frozenset({"L-01", "L-10"})
 
     def after_backward(self, step: Step) -> None:
         """Project the gradient of all losses together."""

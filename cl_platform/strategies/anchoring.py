@@ -116,8 +116,9 @@ class AnchoringStrategy(Strategy):
         self.records.write(task_id, seen, **groups)
 
     def tasks_behind(self, task_id: int) -> list[int]:
-        """Tasks that shaped the parameters by the end of ``task_id``, as far as the records know."""
-        return sorted({task_id, *(t for record in self.records.task_ids for t in self.records.seen(record))})
+        """Tasks that shaped the parameters by the end of ``task_id``, dropped ones among them."""
+        recorded = {t for record in self.records.task_ids for t in self.records.seen(record)}
+        return sorted({*self.context.behind(task_id), *recorded})
 
     def components(self) -> Iterator[Component]:
         """A record belongs to all tasks that had been learnt when it was made."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cl_platform import registry
 from cl_platform.batch import Batch
+from cl_platform.errors import UserError
 from cl_platform.heads import cross_entropy
 from cl_platform.slots import Slots
 from cl_platform.strategies.context import Context, ParameterGroup, Query
@@ -123,15 +125,24 @@ class Step:
         return self.passes[0].logits
 
 
+LEAKS = tuple(f"L-{number:02}" for number in range(1, 25))
+"""Channels through which a task can reach what other tasks leave. L-01 gradient steps on shared weights, L-02 first
+values of later parts, L-03 later parts trained in the presence of the task's, L-04 the loss, L-05 the head, L-06 the
+optimizer, L-07 normalisation statistics, L-08 random streams, L-09 what a buffer holds, L-10 which rows it holds, L-11
+logits or features of other tasks' images, L-12 running statistics, L-13 routing, L-14 copies of the learner, L-15
+choices made by the data, L-16 counters, L-17 shapes, L-18 evaluation, L-19 files, L-20 process memory, L-21 what was
+made from the run elsewhere, L-22 verification, L-23 hashes, L-24 gaps."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A piece of learnt state and the tasks whose data could have shaped it.
 
     Attributes:
         name: its key, or the prefix of its keys, in the strategy's ``state_dict``.
-        tasks: task ids, ascending.
+        tasks: task ids, ascending; a dropped task stays listed where something was learnt from it.
         kind: such as ``prompt``, ``head`` or ``statistics``.
-        tensors: the tensors by name.
+        tensors: the tensors by the rest of their keys behind ``name``; one alone may repeat the last part of it.
     """
 
     name: str
@@ -147,6 +158,20 @@ class Strategy(nn.Module):
     ``stability`` names the loss terms that protect what was learnt before (replay, distillation, a penalty). ``draws``
     is false for a closed form on a frozen trunk in which the run's seed changes nothing.
 
+    A stream may come with instructions (``R``: learn for good, ``T``: learn until further notice, ``F``: forget). Its
+    stages call, from outside a training, ``instruct(task_id, "R" or "T")`` right before :meth:`begin_task` of a task
+    that is learnt; :meth:`promote` where ``R`` names a task that is held temporarily; :meth:`drop_task` for ``F``.
+    ``holds_temporarily`` says that ``T`` can be obeyed: :meth:`drop_task` of such a task leaves the bytes of a learner
+    that never saw it. Where nothing instructs, a task is learnt as the configuration says, else for good.
+
+    ``leaks`` names the channels of ``LEAKS`` through which kept parts still hold a task that is not the newest once
+    :meth:`drop_task` has removed all that it owned; empty where every task is learnt apart from the others. What a
+    configuration changes about it is set on the instance.
+
+    A strategy that ``encloses`` others takes those after it in the list as its inner learner: they are handed to
+    :meth:`enclose` and are no members of the composition. ``rehearses`` names what a strategy learns again from
+    remembered rows, ``labels`` or ``logits``, for a strategy that has the rows and asks which terms are wanted.
+
     Args:
         config: an instance of the class's ``Config``.
     """
@@ -158,6 +183,10 @@ class Strategy(nn.Module):
     query: ClassVar[Query] = "none"
     stability: ClassVar[frozenset[str]] = frozenset()
     draws: ClassVar[bool] = True
+    leaks: ClassVar[frozenset[str]] = frozenset()
+    holds_temporarily: ClassVar[bool] = False
+    encloses: ClassVar[bool] = False
+    rehearses: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -170,6 +199,42 @@ class Strategy(nn.Module):
 
     def check(self) -> None:
         """Refuse what cannot work, once every member of the composition is attached."""
+
+    def enclose(self, inner: Sequence[Strategy]) -> None:
+        """Take the strategies that stand after it, before anything is attached; of a class that ``encloses``."""
+        raise NotImplementedError
+
+    def instruct(self, task_id: int, instruction: str) -> None:
+        """Hear how the task that begins next is to be learnt, ``R`` or ``T``; see the class.
+
+        Raises:
+            UserError: ``T``, and the strategy has nothing that it could take back later.
+        """
+        if instruction != "R":
+            able = [n for n in registry.strategies.names() if registry.strategies.get(n).holds_temporarily]
+            raise UserError(
+                "unlearning.sequence", f"{instruction}{task_id}", f"{self.name} cannot hold a task temporarily",
+                f"Write R{task_id}, or use {' or '.join(able)}",
+            )  # fmt: skip
+
+    def promote(self, task_id: int) -> None:
+        """Take a task that is held temporarily over for good, from what is remembered of it; its images are not read.
+
+        Raises:
+            UserError: the task is not held temporarily.
+        """
+        raise UserError(
+            "unlearning.sequence", f"R{task_id}", f"{self.name} does not hold task {task_id} temporarily",
+            f"Learn it with T{task_id} first",
+        )  # fmt: skip
+
+    @property
+    def foresees(self) -> str:
+        """What of the stream's future the learning depends on: ``nothing``, its ``end``, or its whole ``length``.
+
+        A run that is relearnt without a task has another end and another length than the one before.
+        """
+        return "nothing"
 
     def further_updates(self, planned: Sequence[int]) -> list[int]:
         """Planned updates outside Lightning's loop during each phase.
@@ -240,19 +305,41 @@ class Strategy(nn.Module):
         """Logits (B, S) over the seen classes, ascending (owner of ``prediction``); independent of batch mates."""
         raise NotImplementedError
 
+    # -- lineage: who shaped what, and how a task is taken out -------------------------------------------------------
+
     def components(self) -> Iterator[Component]:
-        """Owner records of all learnt state; by default each slot belongs to its task alone."""
+        """Owner records of all learnt state; by default a slot belongs to its task and to all that stood behind it."""
         for prefix, module in self.named_modules():
             if isinstance(module, Slots):
                 for task_id in module.task_ids:
                     tensors = dict(module.tasks[str(task_id)].state_dict())
-                    yield Component(f"{prefix}.tasks.{task_id}", (task_id,), prefix, tensors)
+                    tasks = self.context.behind(task_id) if self.context is not None else (task_id,)
+                    yield Component(f"{prefix}.tasks.{task_id}", tasks, prefix, tensors)
+
+    def apart(self, task_id: int) -> bool:
+        """Whether what was learnt from a task is read by no other task's training; by default where nothing leaks."""
+        return not self.leaks
+
+    def further_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that updates outside Lightning's loop may change, beside those of :meth:`trainable`."""
+        return iter(())
 
     def drop_task(self, task_id: int) -> None:
-        """Remove everything the task owns here."""
+        """Remove everything the task owns here. What others learnt from it stays, and so do their owner records."""
         for module in list(self.modules()):
             if isinstance(module, Slots):
                 module.drop(task_id)
+
+    def let_go(self) -> None:
+        """Keep no reference to parameters of the last task outside the state; they are looked up when a task begins."""
+
+    def relearn(self, task_id: int) -> bool:
+        """Train anew what a dropped task had shaped, once all that it owned is gone, from what is remembered of others.
+
+        Returns:
+            whether nothing of the task is left in the parameters that were trained.
+        """
+        return False
 
     def inspect(self) -> dict[str, Any]:
         """JSON-able facts for ``metrics.json``, such as which classifier rule answered."""

@@ -81,6 +81,7 @@ class BFP(Strategy):
     name = "bfp"
     Config = BFPConfig
     needs = Needs(buffer=True, teacher=True)
+    leaks = frozenset({"L-01", "L-14"})
     stability = frozenset({"features"})
     _said = False
 

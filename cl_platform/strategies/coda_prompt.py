@@ -54,6 +54,7 @@ class CODAPrompt(Strategy):
     needs = Needs(prompts=True)
     owns = frozenset({"features", "classification", "trainable"})
     query = "beside"
+    leaks = frozenset({"L-02", "L-03"})
     stability = frozenset({"ortho"})
 
     def __init__(self, config: CODAPromptConfig) -> None:
@@ -161,6 +162,10 @@ class CODAPrompt(Strategy):
         if self.config.mu > 0 and self.config.length:
             terms["ortho"] = self.config.mu * self.penalty()
         return terms
+
+    def let_go(self) -> None:
+        """See :class:`Strategy`."""
+        self._head_rows = []
 
     def penalty(self) -> Tensor:
         """``sum over layers and parts of mean((X X^T - I)^2)``; old rows are constants, so new rows move away."""

@@ -102,10 +102,31 @@ class Composition(nn.Module):
         """Classes of the base loss: the task's own, or all seen ones where replayed images may be in a batch."""
         return task.classes if self.owner("buffer") is None else seen
 
+    @property
+    def foresees(self) -> str:
+        """What of the stream's future any member depends on: ``nothing``, its ``end``, or its whole ``length``."""
+        found = {strategy.foresees for strategy in self.strategies}
+        return next((word for word in ("length", "end") if word in found), "nothing")
+
     def arrange(self, tasks: Sequence[Task]) -> list[Phase]:
         """The training phases, one per task unless a member arranges them otherwise."""
         owner = self.owner("arrangement")
         return (owner.arrange(tasks) if owner else None) or one_per_task(tasks)
+
+    @property
+    def holds_temporarily(self) -> bool:
+        """Whether every member can learn a task so that it can be dropped without a trace."""
+        return all(strategy.holds_temporarily for strategy in self.strategies)
+
+    def instruct(self, task_id: int, instruction: str) -> None:
+        """How the task that begins next is to be learnt, ``R`` or ``T``."""
+        for strategy in self.strategies:
+            strategy.instruct(task_id, instruction)
+
+    def promote(self, task_id: int) -> None:
+        """Take a task that is held temporarily over for good."""
+        for strategy in self.strategies:
+            strategy.promote(task_id)
 
     def training_set(self, task: Task) -> ImageSet:
         """What an epoch of ``task`` passes over: its own images, and those that members remember."""
@@ -213,6 +234,34 @@ class Composition(nn.Module):
             for c in strategy.components():
                 yield Component(f"{strategy.name}.{c.name}", c.tasks, c.kind, c.tensors)
 
+    @property
+    def leaks(self) -> frozenset[str]:
+        """Channels of all members, and of the whole network where nobody owns what is trained."""
+        found: frozenset[str] = frozenset().union(*(strategy.leaks for strategy in self.strategies))
+        return found if self.owner("trainable") is not None or not self.needs_gradient else found | {"L-01"}
+
+    def apart(self, task_id: int) -> bool:
+        """Whether no member, and no training of the whole network, carries a task into what others leave."""
+        shared = self.owner("trainable") is None and self.needs_gradient
+        return not shared and all(strategy.apart(task_id) for strategy in self.strategies)
+
+    def drop_task(self, task_id: int) -> None:
+        """Remove what a task owns in every member; its head rows are still there."""
+        for strategy in self.strategies:
+            strategy.drop_task(task_id)
+            strategy.let_go()
+
+    def settle(self, task_id: int) -> bool:
+        """Go on without the head rows of a dropped task: the teacher keeps none, and members may train anew.
+
+        Returns:
+            whether nothing of the task is left in backbone and head.
+        """
+        if self.teacher is not None:
+            self.teacher.drop_task(task_id)
+        answers = [strategy.relearn(task_id) for strategy in self.strategies]
+        return any(answers)
+
     def artefacts(self) -> dict[str, str]:
         """Text files of all members by name."""
         return {name: text for strategy in self.strategies for name, text in strategy.artefacts().items()}
@@ -246,4 +295,15 @@ def build_strategies(configs: dict[str, Any]) -> Composition:
         cls = registry.strategies.get(name)
         own = {key: value for key, value in (values or {}).items() if key != "optimizer"}
         members.append(cls(typed(cls.Config, own, f"strategy.{name}")))
-    return Composition(members)
+    return Composition(_enclosed(members))
+
+
+def _enclosed(listed: list[Strategy]) -> list[Strategy]:
+    """The members: all that are listed, without the inner learner of one that encloses those after it."""
+    for role in ROLES:
+        _owner(listed, role)  # an inner learner has no say in what the one around it owns
+    outer = next((k for k, strategy in enumerate(listed) if strategy.encloses), None)
+    if outer is None:
+        return listed
+    listed[outer].enclose(listed[outer + 1 :])
+    return listed[: outer + 1]

@@ -54,6 +54,14 @@ def _no_draw() -> Batch | None:
     return None
 
 
+def _itself(task_id: int) -> tuple[int, ...]:
+    return (task_id,)
+
+
+def _none(task_id: int) -> list[int]:
+    return []
+
+
 def _as_stored(replayed: Batch) -> Batch:
     return replayed
 
@@ -67,12 +75,13 @@ class Context:
         head: the shared growing head.
         cache: features of the frozen trunk, computed once per image.
         seed: the run's seed.
-        num_tasks: tasks of the scenario, those that the stream leaves out included.
+        num_tasks: tasks of the scenario, those that the stream leaves out included: what room is divided by, so that a
+            learner that forgot a task is made like one that never saw it.
         num_classes: classes of the whole scenario.
         setting: ``class``, ``domain`` or ``task``.
-        length: tasks that the stream has; 0: not known.
         online: every task is passed over once.
         boundaries: the stream says where a task ends; else it is one task that declares all classes.
+        length: tasks of the stream itself.
         autocast: opens the run's precision.
         prepare: replayed uint8 images, labels (b,), example ids (b,) and task ids (b,) to a batch: augmented anew as
             the current task's images are, with the query column where there is one. A generator for the augmentation
@@ -96,6 +105,8 @@ class Context:
         epochs: epochs of the current task.
         batches: batches of an epoch of the current task; 0 outside training.
         kept_blocks: leading blocks of a ViT that neither training nor a strategy changes in the current task.
+        behind: tasks that could have shaped what was trained in a task, ascending, by its id; a dropped one stays.
+        own_classes: classes of a task, by its id, that no other learnt task has, ascending.
     """
 
     backbone: Backbone
@@ -105,9 +116,9 @@ class Context:
     num_tasks: int
     num_classes: int
     setting: str
-    length: int = 0
     online: bool = False
     boundaries: bool = True
+    length: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     prepare: Callable[..., Batch] = _no_replay
     step_stream: Callable[[str], torch.Generator] = _no_stream
@@ -128,6 +139,8 @@ class Context:
     epochs: int = 1
     batches: int = 0
     kept_blocks: int = 0
+    behind: Callable[[int], tuple[int, ...]] = _itself
+    own_classes: Callable[[int], list[int]] = _none
 
     def embed(self, batch: Batch) -> tuple[Tensor, int]:
         """Tokens (B, N, D) of a batch for a :class:`PromptedViT`, and the block that they enter.

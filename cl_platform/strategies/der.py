@@ -41,7 +41,9 @@ class DER(Replay):
     Config = DERConfig
     needs = Needs(boundaries=False)
     stores_logits = True
+    leaks = frozenset({"L-01", "L-10", "L-11"})
     stability = frozenset({"logits"})
+    rehearses = frozenset({"logits"})
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """The distance on one draw."""

@@ -28,6 +28,7 @@ class DERPP(DER):
     name = "derpp"
     Config = DERPPConfig
     stability = frozenset({"logits", "labels"})
+    rehearses = frozenset({"logits", "labels"})
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Both terms, each on a draw of its own."""

@@ -52,12 +52,17 @@ class DualPrompt(Strategy):
     needs = Needs(prompts=True)
     owns = frozenset({"features", "classification", "trainable"})
     query = "beside"
+    leaks = frozenset({"L-01", "L-02"})
 
     def __init__(self, config: DualPromptConfig) -> None:
         super().__init__(config)
         self.e_prompt = Slots(parameters=("prefix", "key"))
         self.trained = Slots(buffers=("order",))
         self._current = -1
+        self._head_rows: list[nn.Parameter] = []
+        shared = {"L-01"} if config.g_length and config.g_layers else set()
+        copied = {"L-02"} if config.copy_previous and config.e_length and config.e_layers else set()
+        self.leaks = frozenset() if config.isolated else frozenset(shared | copied)  # type: ignore[misc]
 
     def attach(self, context: Context) -> None:
         """Create the G-prompt.
@@ -160,6 +165,20 @@ class DualPrompt(Strategy):
             return tuple(sorted(order[: order.index(task_id) + 1]))
         return tuple(sorted({order[0], task_id} if shared else {task_id}))
 
+    def apart(self, task_id: int) -> bool:
+        """With ``isolated`` every task is but the first, whose G-prompt all others are trained with."""
+        order = learning_order(self.trained)
+        first = self.config.isolated and self.g_prompt.numel() > 0 and order[:1] == [task_id]
+        return super().apart(task_id) and not first
+
     def drop_task(self, task_id: int) -> None:
         """Remove the task's E-prompt and key. What was learnt from the task elsewhere stays, and so does its record."""
         self.e_prompt.drop(task_id)
+        if self.apart(task_id):
+            self.trained.drop(task_id)
+            for place, other in enumerate(learning_order(self.trained)):
+                self.trained.set(other, "order", torch.tensor(place, device=self.g_prompt.device))
+
+    def let_go(self) -> None:
+        """See :class:`Strategy`."""
+        self._head_rows = []

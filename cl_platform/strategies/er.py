@@ -33,6 +33,8 @@ class ER(Replay):
     name = "er"
     Config = ERConfig
     needs = Needs(boundaries=False)
+    leaks = frozenset({"L-01", "L-05", "L-10"})
+    rehearses = frozenset({"labels"})
 
     def widen(self, batch: Batch) -> Batch:
         """Append replayed rows."""

@@ -35,6 +35,7 @@ class ERACE(Replay):
     Config = ERACEConfig
     needs = Needs(boundaries=False)
     owns = frozenset({"buffer", "classification"})
+    leaks = frozenset({"L-01", "L-05", "L-10"})
     stability = frozenset({"replay"})
 
     def attach(self, context: Context) -> None:

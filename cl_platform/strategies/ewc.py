@@ -118,6 +118,7 @@ class EWC(AnchoringStrategy):
 
     name = "ewc"
     Config = EWCConfig
+    leaks = frozenset({"L-01", "L-12"})
     stability = frozenset({"penalty"})
     _warned = False
 

@@ -54,6 +54,7 @@ class FeatureDistillation(Strategy):
 
     name = "feature_distillation"
     Config = FeatureDistillationConfig
+    leaks = frozenset({"L-01", "L-04", "L-14"})
     needs = Needs(teacher=True)
     stability = frozenset({"kd"})
 

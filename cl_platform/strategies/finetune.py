@@ -32,6 +32,7 @@ class Finetune(Strategy):
     Config = FinetuneConfig
     needs = Needs(boundaries=False)
     owns = frozenset({"classification", "trainable"})
+    leaks = frozenset({"L-01", "L-05", "L-07"})
 
     def attach(self, context: Context) -> None:
         """Find the parameters to train.

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.registry import strategies
@@ -40,10 +42,13 @@ class FPF(Strategy):
     name = "fpf"
     Config = FPFConfig
     needs = Needs(buffer=True, boundaries=False)
+    leaks = frozenset({"L-01", "L-15"})
 
     def __init__(self, config: FPFConfig) -> None:
         super().__init__(config)
         self.prone = Prone(self.name, config)
+        if config.modules != "auto":
+            self.leaks = self.leaks - {"L-15"}  # type: ignore[misc]
 
     def attach(self, context: Context) -> None:
         """Take the learner's parts."""
@@ -53,6 +58,11 @@ class FPF(Strategy):
     def check(self) -> None:
         """Refuse modules that are not there."""
         self.prone.check()
+
+    @property
+    def foresees(self) -> str:
+        """The end, where it fine-tunes there alone."""
+        return "end" if self.config.when == "end" else "nothing"
 
     def further_updates(self, planned: Sequence[int]) -> list[int]:
         """Those of the fine-tunings in each phase."""
@@ -99,6 +109,10 @@ class FPF(Strategy):
     def components(self) -> Iterator[Component]:
         """What was measured."""
         yield self.prone.components("prone")
+
+    def further_parameters(self) -> Iterator[nn.Parameter]:
+        """The whole head may be chosen, whatever the task trains."""
+        yield from self.context.head.parameters()
 
     def drop_task(self, task_id: int) -> None:
         """Remove the task's numbers."""

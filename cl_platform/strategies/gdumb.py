@@ -72,11 +72,17 @@ class GDumb(Replay):
     Config = GDumbConfig
     needs = Needs(gradient=False, alone=True)
     owns = frozenset({"buffer", "classification", "trainable"})
+    leaks = frozenset({"L-10"})
 
     def attach(self, context: Context) -> None:
         """Make room for the buffer, and copy the initial weights."""
         super().attach(context)
         self._initial = {name: tensor.detach().clone() for name, tensor in context.backbone.state_dict().items()}
+
+    @property
+    def foresees(self) -> str:
+        """The end, where it learns the buffer there alone."""
+        return "end" if self.config.fit == "end" else "nothing"
 
     def further_updates(self, planned: Sequence[int]) -> list[int]:
         """Those of the fits if the buffer is full."""
@@ -131,6 +137,17 @@ class GDumb(Replay):
             key=f"strategy.{self.name}.lr",
         )
         self.context.run_finetuning(plan)
+
+    def relearn(self, task_id: int) -> bool:
+        """Learn what is left in the buffer, if a fit had been made: as if the task had never been offered.
+
+        Returns:
+            whether the buffer's rows of other tasks are what they would be without the task.
+        """
+        now = self.context.backbone.state_dict()
+        if any(not torch.equal(first.to(now[name].device), now[name]) for name, first in self._initial.items()):
+            self.fit()
+        return not self.buffer.policy.shared
 
     def _everything(self) -> list[nn.Parameter]:
         """Everything, in an order that does not depend on that in which the tasks came."""

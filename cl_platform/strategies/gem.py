@@ -48,6 +48,7 @@ class GEM(ReferenceGradients):
 
     name = "gem"
     Config = GEMConfig
+    leaks = frozenset({"L-01"})
 
     def __init__(self, config: GEMConfig) -> None:
         super().__init__(config)

@@ -92,6 +92,7 @@ class ICaRL(Strategy):
     Config = ICaRLConfig
     needs = Needs(boundaries=True, teacher=True)
     owns = frozenset({"classification", "prediction", "buffer"})
+    leaks = frozenset({"L-01", "L-04", "L-10", "L-14"})
     stability = frozenset({"kd"})
 
     def __init__(self, config: ICaRLConfig) -> None:
@@ -189,7 +190,7 @@ class ICaRL(Strategy):
         )
         unit = plain + mirrored  # (n, D)
         labels, owners = (torch.from_numpy(c.copy()).to(unit.device) for c in (held.labels, held.task_ids))
-        behind = sorted({task_id, *(int(t) for seen in self.means.all("seen") for t in seen.tolist())})
+        behind = sorted({*self.context.behind(task_id), *self._seen()})
         for owner in sorted(self.buffer.owners()):
             own = owners == owner
             classes, place = labels[own].unique(return_inverse=True)
@@ -219,13 +220,17 @@ class ICaRL(Strategy):
     # -- lineage ------------------------------------------------------------------------------------------------------
 
     def components(self) -> Iterator[Component]:
-        """Exemplars belong to the tasks that offered any; means also to those that shaped the features."""
+        """Exemplars and means belong to all tasks that shaped features and shares, a dropped one included."""
         for task_id in self.means.task_ids:
             seen = tuple(int(t) for t in self.means.get(task_id, "seen").tolist())
             tensors = dict(self.means.tasks[str(task_id)].state_dict())
             yield Component(f"means.tasks.{task_id}", seen, "statistics", tensors)
-        owners = tuple(sorted(self.buffer.offered() | self.buffer.owners()))
+        owners = tuple(sorted(self.buffer.offered() | self.buffer.owners() | self._seen()))
         yield Component("buffer", owners, "buffer", dict(self.buffer.state_dict()))
+
+    def _seen(self) -> set[int]:
+        """Tasks that shaped any of the means."""
+        return {int(t) for seen in self.means.all("seen") for t in seen.tolist()}
 
     def drop_task(self, task_id: int) -> None:
         """Remove the task's exemplars and their means."""

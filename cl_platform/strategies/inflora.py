@@ -48,6 +48,7 @@ class InfLoRA(AdapterStrategy):
 
     name = "inflora"
     Config = InfLoRAConfig
+    leaks = frozenset({"L-02", "L-03", "L-12"})
 
     basis: Tensor
     columns: Tensor

@@ -39,6 +39,7 @@ class Joint(Strategy):
     Config = JointConfig
     needs = Needs(boundaries=False)
     owns = frozenset({"classification", "trainable", "arrangement"})
+    leaks = frozenset({"L-01"})
 
     def arrange(self, tasks: Sequence[Task]) -> list[Phase]:
         """One phase on the union, or one per growing union."""

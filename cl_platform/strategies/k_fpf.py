@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from cl_platform.batch import Batch
 from cl_platform.config import setting
 from cl_platform.memory.samplers import SAMPLERS
@@ -45,11 +47,14 @@ class KFPF(Replay):
     name = "k_fpf"
     Config = KFPFConfig
     needs = Needs(boundaries=False)
+    leaks = frozenset({"L-01", "L-10", "L-15"})
 
     def __init__(self, config: KFPFConfig) -> None:
         super().__init__(config)
         self.stores_logits = config.kd > 0  # type: ignore[misc]
         self.prone = Prone(self.name, config)
+        if config.modules != "auto":
+            self.leaks = self.leaks - {"L-15"}  # type: ignore[misc]
         self._due = False
 
     def attach(self, context: Context) -> None:
@@ -60,6 +65,11 @@ class KFPF(Replay):
     def check(self) -> None:
         """Refuse modules that are not there."""
         self.prone.check()
+
+    @property
+    def foresees(self) -> str:
+        """The length, which it divides unless told after how many updates it fine-tunes."""
+        return "length" if self.config.every is None else "nothing"
 
     def further_updates(self, planned: Sequence[int]) -> list[int]:
         """Those of the fine-tunings in each phase."""
@@ -115,6 +125,10 @@ class KFPF(Replay):
         """The buffer, and what was measured."""
         yield from super().components()
         yield self.prone.components("prone")
+
+    def further_parameters(self) -> Iterator[nn.Parameter]:
+        """The whole head may be chosen, whatever the task trains."""
+        yield from self.context.head.parameters()
 
     def drop_task(self, task_id: int) -> None:
         """Remove the task's rows and numbers."""

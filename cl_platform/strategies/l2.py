@@ -49,6 +49,7 @@ class L2(AnchoringStrategy):
 
     name = "l2"
     Config = L2Config
+    leaks = frozenset({"L-01", "L-04", "L-14"})
     stability = frozenset({"penalty"})
 
     def __init__(self, config: L2Config) -> None:
@@ -92,6 +93,11 @@ class L2(AnchoringStrategy):
         """The penalty, as soon as there is an anchor."""
         anchored = self.anchored() if self.config.lambda_ else []
         return {"penalty": 0.5 * self.config.lambda_ * distance(anchored)} if anchored else {}
+
+    def drop_task(self, task_id: int) -> None:
+        """Remove the anchor that was taken at the task's end, and the task's head rows from another one."""
+        self.records.drop(task_id)
+        super().drop_task(task_id)
 
     def end_task(self, task: Task) -> None:
         """Remember where the parameters stand, unless the anchor is the start of the run."""

@@ -57,6 +57,7 @@ class L2P(Strategy):
     needs = Needs(prompts=True, boundaries=False)
     owns = frozenset({"features", "classification", "trainable"})
     query = "beside"
+    leaks = frozenset({"L-01", "L-13"})
 
     def __init__(self, config: L2PConfig) -> None:
         super().__init__(config)
@@ -165,6 +166,10 @@ class L2P(Strategy):
     def drop_task(self, task_id: int) -> None:
         """Remove the task's counts. The pool keeps what it learnt from the task, so its lineage keeps the task."""
         self.usage.drop(task_id)
+
+    def let_go(self) -> None:
+        """See :class:`Strategy`."""
+        self._head_rows = []
 
     def inspect(self) -> dict[str, Any]:
         """How often each prompt was picked in the training of each task."""

@@ -56,6 +56,7 @@ class L2PLoRA(AdapterStrategy):
     Config = L2PLoRAConfig
     needs = Needs(prompts=True, boundaries=False)
     query = "beside"
+    leaks = frozenset({"L-01", "L-13"})
 
     def __init__(self, config: L2PLoRAConfig) -> None:
         super().__init__(config)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_platform.batch import Batch
 from cl_platform.config import setting
@@ -39,6 +39,13 @@ class LinearProbe(Strategy):
     needs = Needs(boundaries=False)
     owns = frozenset({"features", "classification", "trainable", "arrangement"})
     query = "only"
+    leaks = frozenset({"L-01", "L-04"})
+
+    def __init__(self, config: LinearProbeConfig) -> None:
+        super().__init__(config)
+        self._trained: list[nn.Parameter] = []
+        if config.loss == "task" and config.mode == "sequential":
+            self.leaks = frozenset()  # type: ignore[misc]
 
     def arrange(self, tasks: Sequence[Task]) -> list[Phase] | None:
         """The union at once for ``mode=joint``."""
@@ -52,6 +59,10 @@ class LinearProbe(Strategy):
     def trainable(self) -> Iterator[ParameterGroup]:
         """Head blocks only."""
         yield ParameterGroup(self._trained)
+
+    def let_go(self) -> None:
+        """See :class:`Strategy`."""
+        self._trained = []
 
     def forward(self, batch: Batch) -> Tensor:
         """The kept features (B, D)."""

@@ -40,9 +40,12 @@ class SequentialLoRA(AdapterStrategy):
     name = "lora"
     Config = SequentialLoRAConfig
     needs = Needs(prompts=True, boundaries=False)
+    leaks = frozenset({"L-01"})
 
     def __init__(self, config: SequentialLoRAConfig) -> None:
         super().__init__(config)
+        if config.mode == "merge":
+            self.leaks = frozenset({"L-01", "L-03"})  # type: ignore[misc]
         self.factors = nn.ParameterDict()
         self.folded = nn.Module()
         self.trained = Slots(buffers=("order",))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_platform.config import setting
@@ -62,6 +62,7 @@ class LwF(Strategy):
 
     name = "lwf"
     Config = LwFConfig
+    leaks = frozenset({"L-01", "L-04", "L-14"})
     needs = Needs(teacher=True)
     stability = frozenset({"kd"})
 
@@ -70,6 +71,7 @@ class LwF(Strategy):
         roles = {"classification": config.ce_on == "new", "gradient": config.warmup_epochs > 0}
         self.owns = frozenset(role for role, owned in roles.items() if owned)  # type: ignore[misc]
         self._old_heads: list[list[int]] = []
+        self._new_rows: list[nn.Parameter] = []
 
     def begin_task(self, task: Task) -> None:
         """Look up which classes the teacher knows."""
@@ -81,6 +83,10 @@ class LwF(Strategy):
         self._old_heads = heads if self.context.setting == "task" or not heads else [[c for h in heads for c in h]]
         grown = bool(known) and task.task_id in blocks
         self._new_rows = list(blocks.parameters_of(task.task_id).values()) if grown else []
+
+    def let_go(self) -> None:
+        """See :class:`Strategy`."""
+        self._new_rows = []
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """The distillation from the second task on, and the cross-entropy where it is this strategy's."""

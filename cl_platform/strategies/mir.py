@@ -45,6 +45,7 @@ class MIR(Replay):
     name = "mir"
     Config = MIRConfig
     owns = frozenset({"buffer", "gradient"})
+    leaks = frozenset({"L-01", "L-05", "L-10"})
     needs = Needs(boundaries=False)
 
     best_loss: Tensor

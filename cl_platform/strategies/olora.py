@@ -49,6 +49,7 @@ class OLoRA(AdapterStrategy):
 
     name = "olora"
     Config = OLoRAConfig
+    leaks = frozenset({"L-03", "L-04"})
     stability = frozenset({"ortho"})
 
     def __init__(self, config: OLoRAConfig) -> None:

@@ -66,6 +66,7 @@ class OnlineLoRA(AdapterStrategy):
     Config = OnlineLoRAConfig
     needs = Needs(prompts=True, boundaries=False)
     owns = frozenset({"features", "classification", "trainable", "prediction"})
+    leaks = frozenset({"L-01", "L-03", "L-12", "L-15"})
     stability = frozenset({"hard", "penalty"})
 
     seen: Tensor
@@ -304,8 +305,32 @@ class OnlineLoRA(AdapterStrategy):
             yield Component(name, tasks, KINDS.get(name.split("_")[0], "statistics"), {name: getattr(self, name)})
         yield Component("trained", tasks, "lineage", dict(self.trained.state_dict()))
 
+    @torch.no_grad()
     def drop_task(self, task_id: int) -> None:
-        """Nothing can be taken out of the mixture: it keeps what it learnt, and so does its lineage."""
+        """Stop answering with the task's classes, draw their head rows anew, and remember no hard example.
+
+        Nothing can be taken out of the mixture of all else: it keeps what it learnt, and so does its lineage.
+        """
+        if task_id not in self.trained:
+            return
+        for name in GROWING:
+            if name.startswith("hard_"):
+                setattr(self, name, getattr(self, name)[:0])
+        own, shared = self.context.own_classes(task_id), self.context.head
+        fresh = Head(shared.feature_dim, shared.seed, shared.init)
+        fresh.begin_task(RUN_LEVEL, range(self.context.num_classes))
+        for name, parameter in self.head.blocks.parameters_of(RUN_LEVEL).items():
+            parameter[own] = fresh.blocks.get(RUN_LEVEL, name)[own].to(parameter.device)
+            self._forget_moments(parameter, own)
+        self.seen[own] = False
+
+    def _forget_moments(self, parameter: nn.Parameter, rows: list[int]) -> None:
+        if RUN_LEVEL not in self.moments:
+            return
+        number = next(k for k, trained in enumerate(self.trained_parameters()) if trained is parameter)
+        for key, value in self.moments.tasks[str(RUN_LEVEL)].named_buffers():
+            if key.startswith(f"{number}_") and value.shape == parameter.shape:
+                value[rows] = 0.0
 
     def inspect(self) -> dict[str, Any]:
         """After which updates an adapter was folded in, and the size of one."""

@@ -51,4 +51,5 @@ def union(tasks: Sequence[Task]) -> Task:
         classes=classes,
         train=concatenate([task.train for task in tasks]),
         validation=concatenate([task.validation for task in tasks]),
+        parts=tuple(tasks),
     )

@@ -231,8 +231,7 @@ class Prone(HostState):
 
     def components(self, prefix: str) -> Component:
         """The numbers belong to every task so far."""
-        tensors = {f"{prefix}.{name}": tensor for name, tensor in self.state_dict().items()}
-        return Component(prefix, tuple(self.seen), "sensitivity", tensors)
+        return Component(prefix, tuple(self.seen), "sensitivity", dict(self.state_dict()))
 
     def drop_task(self, task_id: int) -> None:
         """Remove the task's own numbers; it had a share in those of later tasks, and stays listed."""

@@ -91,6 +91,8 @@ class Replay(Strategy):
                 "chooses when a task has ended, and logits are stored while it trains", "Use reservoir",
             )  # fmt: skip
         self._check_room()
+        composed = {"L-10"} if self.buffer.policy.shared else set()
+        self.leaks = (self.leaks - {"L-10"}) | composed  # type: ignore[misc]
 
     def _check_room(self) -> None:
         """Refuse a buffer without room for all groups that its policy will divide it among."""
@@ -196,16 +198,21 @@ class Replay(Strategy):
                 offer_task(self.buffer, task, self.context, self._step)
 
     def components(self) -> Iterator[Component]:
-        """The buffer belongs to every task that offered examples to it, and where the learner had a say in what is
-        stored, by its logits or features, to every task it was trained on."""
+        """The buffer belongs to every task that offered examples to it. Where other tasks' offers or the learner had a
+        say in what is stored, by its logits or features, it belongs to every task so far, a dropped one included."""
         yield from super().components()
         owners = self.buffer.offered() | self.buffer.owners()
-        if self.stores_logits or self.buffer.policy.needs_features:
+        if self._mixed:
             owners |= set(self.shaped.tolist())
         yield Component("buffer", tuple(sorted(owners)), "buffer", dict(self.buffer.state_dict()))
         for name, tasks in (("arrival", self.brought), ("brought", self.brought), ("shaped", self.shaped)):
             owned = tuple(sorted(set(tasks.tolist())))
             yield Component(name, owned, "bookkeeping", {name: getattr(self, name)})
+
+    @property
+    def _mixed(self) -> bool:
+        policy = self.buffer.policy
+        return self.stores_logits or policy.needs_features or policy.shared
 
     def drop_task(self, task_id: int) -> None:
         """Remove the task's rows, and the columns of its classes from the logits of the others."""
@@ -214,6 +221,8 @@ class Replay(Strategy):
         kept = (self.brought != task_id).nonzero()[:, 0]
         self.buffer.keep_columns(kept.cpu().numpy())
         self.arrival, self.brought = self.arrival[kept], self.brought[kept]
+        if not self._mixed:
+            self.shaped = self.shaped[self.shaped != task_id]
 
     def inspect(self) -> dict[str, Any]:
         """How full the buffer is, and with what."""

@@ -14,7 +14,7 @@ from cl_platform.errors import UserError
 from cl_platform.heads import Head, cross_entropy
 from cl_platform.random_streams import stream
 from cl_platform.slots import Slots
-from cl_platform.strategies.base import Needs, ParameterGroup, Step, Strategy
+from cl_platform.strategies.base import Context, Needs, ParameterGroup, Step, Strategy
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task
@@ -68,16 +68,7 @@ class RoutedStrategy(Strategy):
         self.router.add(task.task_id, centroids=self._centroids(task))
 
     def _centroids(self, task: Task) -> Tensor:
-        features = self.context.cache.features(task.task_id, "train", task.train).double()
-        features = F.normalize(features, dim=1)
-        order = task.train.example_ids.argsort(stable=True)  # whatever order the images came in
-        features, labels = features[order.to(features.device)], task.train.labels[order]
-        chosen = self.config.router
-        if chosen == "auto":
-            chosen = "kmeans" if self.context.setting == "domain" else "class_mean"
-        if chosen == "class_mean":
-            return torch.stack([features[labels.to(features.device) == c].mean(0) for c in labels.unique().tolist()])
-        return kmeans(features, self.config.clusters, stream(self.context.seed, task.task_id, "router"))
+        return centroids_of(task, self.context, self.config)
 
     def trainable(self) -> Iterator[ParameterGroup]:
         """The current task's part and head."""
@@ -119,6 +110,25 @@ class RoutedStrategy(Strategy):
     def inspect(self) -> dict[str, Any]:
         """Centroids of each task."""
         return {"centroids": {str(t): len(self.router.get(t, "centroids")) for t in self.router.task_ids}}
+
+
+def centroids_of(task: Task, context: Context, config: Any) -> Tensor:
+    """Centroids (k, D) float64 of a task's normalised frozen features, from its own training images alone.
+
+    Args:
+        task: whose images.
+        context: of the strategy that routes.
+        config: has ``router`` (``class_mean``, ``kmeans``, or ``auto``: kmeans for domains) and ``clusters``.
+    """
+    features = F.normalize(context.cache.features(task.task_id, "train", task.train).double(), dim=1)
+    order = task.train.example_ids.argsort(stable=True)  # whatever order the images came in
+    features, labels = features[order.to(features.device)], task.train.labels[order]
+    chosen = config.router
+    if chosen == "auto":
+        chosen = "kmeans" if context.setting == "domain" else "class_mean"
+    if chosen == "class_mean":
+        return torch.stack([features[labels.to(features.device) == c].mean(0) for c in labels.unique().tolist()])
+    return kmeans(features, config.clusters, stream(context.seed, task.task_id, "router"))
 
 
 def nearest_set(query: Tensor, sets: list[Tensor], norm: float = 2.0) -> Tensor:

@@ -260,7 +260,8 @@ class Sensitivity(HostState):
     # -- state --------------------------------------------------------------------------------------------------------
 
     def drop_task(self, task_id: int) -> None:
-        """Remove the numbers of a task."""
+        """Remove the numbers of a task, and let go of what was measured last."""
+        self._start, self._before, self._held = None, None, []
         if task_id in self.task_ids:
             at = self.task_ids.index(task_id)
             del self.task_ids[at]

@@ -67,6 +67,7 @@ class SI(AnchoringStrategy):
 
     name = "si"
     Config = SIConfig
+    leaks = frozenset({"L-01", "L-12"})
 
     def __init__(self, config: SIConfig) -> None:
         super().__init__(config)

@@ -69,6 +69,8 @@ class SLDA(Strategy):
 
     def __init__(self, config: SLDAConfig) -> None:
         super().__init__(config)
+        if config.update == "streaming":
+            self.leaks = frozenset({"L-12"})  # type: ignore[misc]
         self.stats = Slots(buffers=("sum", "count", "classes", "gram"))
         self.trained = Slots(buffers=("order",))
         self.scale = grid_scale(config.bound)
@@ -175,8 +177,11 @@ class SLDA(Strategy):
             yield Component(name, tasks, "statistics", {name: getattr(self, name)})
 
     def drop_task(self, task_id: int) -> None:
-        """Remove the task's record; the running statistics of ``update=streaming`` keep what they took in."""
+        """Remove the task's record; of the running statistics its classes' means, while the covariance stays."""
         self.stats.drop(task_id)
+        if self.config.update == "streaming":
+            own = self.context.own_classes(task_id)
+            self.mean[own], self.count[own] = 0.0, 0
         self._solved.clear()
 
     def inspect(self) -> dict[str, Any]:

@@ -54,7 +54,18 @@ class Teacher(nn.Module):
     def take(self, task_id: int) -> None:
         """Copy the learner as it is, at the end of the task ``task_id``."""
         tensors = {name: tensor.detach().clone() for name, tensor in self._changing()}
-        self.copy.fill(tensors, sorted({*self.copy.task_ids, task_id}))
+        seen = {*self.copy.task_ids, *self._context.behind(task_id)} - {task_id}
+        self.copy.fill(tensors, [*sorted(seen), task_id])
+
+    def drop_task(self, task_id: int) -> None:
+        """Keep no slot that went with a task, such as its head rows, and no copy at all that was taken at its end."""
+        if self.copy.task_ids[-1:] == [task_id]:
+            self.copy.fill({}, [])
+            return
+        gone = f".tasks.{task_id}."
+        live = {name for name, _ in self._changing()}
+        kept = {name: tensor for name, tensor in self.copy.items() if gone not in name or name in live}
+        self.copy.fill(kept, self.copy.task_ids)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Pass:
@@ -92,8 +103,7 @@ class Teacher(nn.Module):
 
     def components(self) -> Iterator[Component]:
         """The copy has seen every task so far."""
-        if self.ready:
-            yield Component("teacher", tuple(self.copy.task_ids), "teacher", dict(self.copy.items()))
+        yield Component("teacher", tuple(sorted(self.copy.task_ids)), "teacher", dict(self.state_dict()))
 
 
 @contextmanager
@@ -132,7 +142,7 @@ def _exchanged(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
 
 
 class _Copies(nn.Module):
-    """Tensors by dotted name and the tasks they have seen; a ``state_dict`` alone restores them."""
+    """Tensors by dotted name, and the tasks they have seen, the newest last; a ``state_dict`` alone restores them."""
 
     def __init__(self) -> None:
         super().__init__()

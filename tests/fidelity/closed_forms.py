@@ -20,7 +20,14 @@ def standing(strategy, width, num_classes=10, num_tasks=5, seed=0):
     """The strategy, attached to nothing but a width."""
     strategy.attach(
         SimpleNamespace(
-            backbone=Trunk(width), num_classes=num_classes, num_tasks=num_tasks, seed=seed, cache=None, setting="class"
+            backbone=Trunk(width),
+            num_classes=num_classes,
+            num_tasks=num_tasks,
+            seed=seed,
+            cache=None,
+            setting="class",
+            behind=lambda task_id: (task_id,),
+            own_classes=lambda task_id: [],
         )
     )
     return strategy

@@ -124,9 +124,9 @@ class Bench:
         return self.learner.logits_of_images(self.images() if images is None else images)
 
     def state(self):
-        """A copy of everything but the trunk."""
+        """A copy of everything but the trunk and the records of who shaped what."""
         state = self.learner.state_dict().items()
-        return {name: value.clone() for name, value in state if not name.startswith("backbone.")}
+        return {name: value.clone() for name, value in state if not name.startswith(("backbone.", "owners."))}
 
     def changed(self, before):
         """Names of tensors that are new or not bit-identical to ``before``."""

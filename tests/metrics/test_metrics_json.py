@@ -135,7 +135,17 @@ def test_every_definition_has_a_function_and_a_unique_key():
         assert definition.text.endswith(".")
 
 
-WITH_TENSORS = {"calibration", "confusion", "flips", "gradients", "representation"}
+WITH_TENSORS = {
+    "attacks",
+    "calibration",
+    "confusion",
+    "divergence",
+    "flips",
+    "forgetting",
+    "gradients",
+    "representation",
+}
+FITTED = {"attacks": {"scipy", "sklearn"}, "forgetting": {"sklearn"}, "seeds": {"scipy"}}
 
 
 def test_metrics_from_counts_import_the_standard_library_only():
@@ -150,13 +160,7 @@ def test_metrics_from_counts_import_the_standard_library_only():
         foreign = {
             n for n in names if n.split(".")[0] not in sys.stdlib_module_names and n[:19] != "cl_platform.metrics"
         }
-        allowed = (
-            {"torch", "torchmetrics"}
-            if path.stem.startswith("torchmetrics")
-            else {"scipy"}
-            if path.stem == "seeds"
-            else set()
-        )
+        allowed = {"torch", "torchmetrics"} if path.stem.startswith("torchmetrics") else FITTED.get(path.stem, set())
         assert {n.split(".")[0] for n in foreign} <= (allowed | ({"torch"} if path.stem in WITH_TENSORS else set())), (
             path
         )
