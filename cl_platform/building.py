@@ -14,9 +14,7 @@ from cl_platform.trainer import batches_of
 from cl_platform.unlearning import sequence
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from cl_platform.run_config import RunConfig, TrainerConfig
     from cl_platform.strategies.phases import Phase
@@ -75,24 +73,6 @@ def build_learner(config: RunConfig, stream: Stream) -> ContinualLearner:
         cache_bytes=config.evaluation.cache_bytes,
     )
     return ContinualLearner(backbone, composition, transforms, as_told(stream), config.optimizer, options)
-
-
-def restored(
-    learner: ContinualLearner, tensors: Mapping[str, Tensor], learnt: Sequence[int], frozen: bool
-) -> ContinualLearner:
-    """A newly built learner in the state of a checkpoint.
-
-    Args:
-        learner: is changed.
-        tensors: what :meth:`ContinualLearner.learnt_state` gave.
-        learnt: ids of the tasks that it knows, in the order of learning.
-        frozen: whether the backbone is as it was built.
-    """
-    if frozen:
-        learner.backbone.freeze()
-    learner.load_learnt_state(dict(tensors))
-    learner.learnt = list(learnt)
-    return learner
 
 
 def check_future(config: RunConfig, stream: Stream) -> None:

@@ -234,3 +234,10 @@ def peak_rss_bytes() -> int:
     """Largest resident size of this process so far; Linux counts KiB, macOS bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds: float, tenths: bool = False) -> str:
+    """Seconds in words, as a person reads them; with ``tenths`` of a second below 10."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if tenths and seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

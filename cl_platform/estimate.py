@@ -56,10 +56,3 @@ def seconds_per_image(learner: ContinualLearner, batch_size: int) -> float:
             if attempt:
                 best = min(best, time.perf_counter() - start)
     return best / batch_size
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, as a person reads them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

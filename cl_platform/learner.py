@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -383,3 +383,16 @@ class ContinualLearner(Ownership):
             names = ", ".join([*missing, *result.unexpected_keys][:3])
             raise UserError("resume", names, "the checkpoint does not fit this configuration", "Start without resume")
         self.to(self.device)  # parts that loading created stand on the CPU
+
+    def restore(self, tensors: Mapping[str, Tensor], learnt: Sequence[int], frozen: bool) -> None:
+        """Take on the state of a checkpoint, in a newly built learner.
+
+        Args:
+            tensors: what :meth:`learnt_state` gave.
+            learnt: ids of the tasks that it knows, in the order of learning.
+            frozen: whether the backbone is as it was built.
+        """
+        if frozen:
+            self.backbone.freeze()
+        self.load_learnt_state(dict(tensors))
+        self.learnt = list(learnt)

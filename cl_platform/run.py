@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from cl_platform import efficiency, environment
-from cl_platform.building import build_learner, check_future, check_sizes, instructions_of, restored, stream_of
+from cl_platform.building import build_learner, check_future, check_sizes, instructions_of, stream_of
 from cl_platform.callbacks.interruption import Interrupted, Interruption
 from cl_platform.callbacks.passage import Passage
 from cl_platform.callbacks.private_unlearning import PrivateUnlearning
 from cl_platform.callbacks.progress import StreamProgress
 from cl_platform.callbacks.tensorboard import boards
-from cl_platform.cost import Cost
+from cl_platform.cost import Cost, duration
 from cl_platform.energy import EnergyMeter, gpus_of
 from cl_platform.errors import UserError
-from cl_platform.estimate import duration, estimate_seconds
+from cl_platform.estimate import estimate_seconds
 from cl_platform.evaluation import count_correct
 from cl_platform.learner import ContinualLearner
 from cl_platform.loggers import build_loggers, check_loggers
@@ -350,7 +350,7 @@ class Course:
                 "the backbone's weights are not those the run started with",
                 "Use the same backbone",
             )
-        restored(self.learner, checkpoint.tensors, state["learnt"], state["backbone_frozen"])
+        self.learner.restore(checkpoint.tensors, state["learnt"], state["backbone_frozen"])
         self.unlearning.load_state(state["unlearning"])
         self.learner.forwards_train = state["forwards_train"]
         self.learner.images_forwarded = state["images_forwarded"]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_platform.building import build_learner, instructions_of, restored, stream_of
+from cl_platform.building import build_learner, instructions_of, stream_of
 from cl_platform.environment import git_commit, package_version
 from cl_platform.plan import Plan
 from cl_platform.run_folder import checkpoints, to_json
@@ -95,16 +95,16 @@ class Site:
         """Another learner in the same state."""
         state = {name: tensor.clone() for name, tensor in self.learner.learnt_state().items()}
         made = build_learner(self._run.config, self.stream).to(self.learner.device)
-        return restored(made, state, self.learner.learnt, self.learner.backbone.frozen)
+        made.restore(state, self.learner.learnt, self.learner.backbone.frozen)
+        return made
 
     def restored(self, folder: Path) -> ContinualLearner:
         """The learner of the newest checkpoint of a folder; one that learnt nothing where there is none."""
         made = build_learner(self._run.config, self.stream).to(self.learner.device)
         checkpoint = next(checkpoints(folder), None)
-        if checkpoint is None:
-            return made
-        state = checkpoint.state
-        return restored(made, checkpoint.tensors, state["learnt"], state["backbone_frozen"])
+        if checkpoint is not None:
+            made.restore(checkpoint.tensors, checkpoint.state["learnt"], checkpoint.state["backbone_frozen"])
+        return made
 
     def price(self, way: Way) -> tuple[int, int]:
         """Training images and optimizer updates of a rollback's stages.

@@ -14,7 +14,28 @@ class _Slot(nn.Module):
     """The named tensors of one task."""
 
 
-class Slots(nn.Module):
+class PerTask(nn.Module):
+    """Modules that belong to one task each, under the state keys ``tasks.<task id>``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks = nn.ModuleDict()
+
+    @property
+    def task_ids(self) -> list[int]:
+        """Task ids that have a module, ascending."""
+        return sorted(int(key) for key in self.tasks)
+
+    def __contains__(self, task_id: object) -> bool:
+        return str(task_id) in self.tasks
+
+    def drop(self, task_id: int) -> None:
+        """Remove the module of ``task_id`` if there is one."""
+        if task_id in self:
+            del self.tasks[str(task_id)]
+
+
+class Slots(PerTask):
     """Per-task tensors under the state keys ``tasks.<task id>.<name>``.
 
     A ``state_dict`` alone restores them: loading creates the slots that the state has and removes those it lacks.
@@ -28,7 +49,6 @@ class Slots(nn.Module):
         super().__init__()
         self._parameter_names = parameters
         self._buffer_names = buffers
-        self.tasks = nn.ModuleDict()
         self._known: dict[tuple[int, str], tuple[weakref.ref[Tensor], int, tuple[int, ...]]] = {}
 
     def add(self, task_id: int, **tensors: Tensor) -> None:
@@ -73,19 +93,6 @@ class Slots(nn.Module):
     def parameters_of(self, task_id: int) -> dict[str, nn.Parameter]:
         """The trainable tensors of one task by name."""
         return dict(self.tasks[str(task_id)].named_parameters())
-
-    @property
-    def task_ids(self) -> list[int]:
-        """Task ids that have a slot, ascending."""
-        return sorted(int(key) for key in self.tasks)
-
-    def __contains__(self, task_id: object) -> bool:
-        return str(task_id) in self.tasks
-
-    def drop(self, task_id: int) -> None:
-        """Remove the slot of ``task_id`` if there is one."""
-        if str(task_id) in self.tasks:
-            del self.tasks[str(task_id)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slots:
         """A move to a device keeps what the host knows of the numbers."""

@@ -80,6 +80,7 @@ MAY_IMPORT = {  # room -> rooms below it
         "unlearning",
     },
     "unlearning": {
+        "cost",
         "learner",
         "strategies",
         "heads",

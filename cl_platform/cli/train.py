@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
@@ -24,6 +23,7 @@ from cl_platform.cli.compose import (
 )
 from cl_platform.cli.failures import our_fault, refused
 from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
+from cl_platform.cli.talk import print_log
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _run(raw: Any) -> RunResult:
     from cl_platform.run import run
     from cl_platform.run_config import parse
 
-    _print_log()
+    print_log()
     return run(parse(settled(raw)))
 
 
@@ -226,18 +226,6 @@ def _print_sweep(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.failure is not None:
             console.print(outcome.line, markup=False, soft_wrap=True)
-
-
-def _print_log() -> None:
-    log = logging.getLogger("cl_platform")
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    for before in [h for h in log.handlers if type(h) is logging.StreamHandler]:
-        log.removeHandler(before)  # it may hold a standard error that was replaced since
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
 
 
 def _print_table(result: RunResult) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cl_platform.cli.talk import print_log
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def unlearn(
 
     if accept not in ("E-bit", "E-law"):
         raise UserError("--accept", accept, "must be E-bit or E-law", "Write --accept E-law, or leave it out")
-    _print_log(as_json)
+    print_log(logging.WARNING if as_json else logging.INFO)
     with paused(run) as folder:
         left_open = folder.unfinished
         certificate = folder.carry_out() if left_open is not None else None
@@ -87,14 +88,3 @@ def _show(run: Path, certificate: Mapping[str, Any], as_json: bool) -> None:
     typer.echo(f"files of the run: {counts}")
     typer.echo(f"certificate: {facts['certificate']}")
     typer.echo(f"to prove it: python -m cl_platform verify {run}")
-
-
-def _print_log(as_json: bool) -> None:
-    log = logging.getLogger("cl_platform")
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    log.handlers[:] = [handler for handler in log.handlers if type(handler) is not logging.StreamHandler]
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING if as_json else logging.INFO)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)

@@ -7,40 +7,19 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cl_platform.backbones import Backbone
 from cl_platform.batch import Batch
 from cl_platform.heads import Head
-from cl_platform.slots import Slots
+from cl_platform.slots import PerTask, Slots
 from cl_platform.strategies.base import Component, Context, Strategy
 from cl_platform.strategies.routing import nearest_set
 
 ELSEWHERE = -200.0
 """Added to the log-probabilities of networks that an image was not routed to: exactly 0 after a softmax in fp32, and
 the order of a task's own classes can still be read from them, as task-incremental answers do."""
-
-
-class PerTask(nn.Module):
-    """Modules that belong to one task each, under the state keys ``tasks.<task id>``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tasks = nn.ModuleDict()
-
-    @property
-    def task_ids(self) -> list[int]:
-        """Task ids that have a module, ascending."""
-        return sorted(int(key) for key in self.tasks)
-
-    def __contains__(self, task_id: object) -> bool:
-        return str(task_id) in self.tasks
-
-    def drop(self, task_id: int) -> None:
-        """Remove the module of ``task_id`` if there is one."""
-        if task_id in self:
-            del self.tasks[str(task_id)]
 
 
 class SideNetworks(Strategy):

@@ -15,6 +15,7 @@ from cl_platform.run_folder import to_json
 from cl_platform.unlearning.audit import AuditLog, now_utc
 from cl_platform.unlearning.canonical import Value, content, header, salted_pair, tensor_digest
 from cl_platform.unlearning.certificate_fields import SCHEMA, problems
+from cl_platform.unlearning.scan import LEAD
 
 FILE = "certificate.json"
 NEVER_COVERED = (
@@ -159,7 +160,7 @@ def look_at(state: Mapping[str, Value], salt: bytes) -> dict[str, Seen]:
         dtype, shape = json.loads(header(name, value))[1:]
         body = content(value)
         plain, salted = salted_pair(name, value, body, salt)
-        seen[name] = Seen(dtype, tuple(shape), len(body), plain, salted, bytes(body[:64]))
+        seen[name] = Seen(dtype, tuple(shape), len(body), plain, salted, bytes(body[:LEAD]))
     return seen
 
 

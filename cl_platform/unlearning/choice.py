@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cl_platform.cost import duration
 from cl_platform.errors import UserError
 
 LEVELS = ("approximate", "E-law", "E-bit")
@@ -34,7 +35,7 @@ class Price:
             return "no relearning"
         count = "1 task" if len(self.tasks) == 1 else f"{len(self.tasks)} tasks"
         listed = ", ".join(map(str, self.tasks))
-        time = "unknown time" if self.seconds is None else f"about {duration(self.seconds)}"
+        time = "unknown time" if self.seconds is None else f"about {duration(self.seconds, tenths=True)}"
         return f"relearns {count} ({listed}): {self.images:,} images, {self.steps:,} steps, {time}"
 
 
@@ -123,13 +124,6 @@ def level_on(device: str, exact: bool) -> str:
     if not exact:
         return "approximate"
     return "E-bit" if device == "cpu" else "E-law"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _reason(option: Option, options: Sequence[Option], wanted: str) -> str:

@@ -57,8 +57,8 @@ def target_of(site: Site, facts: Mapping[str, Any]) -> Target:
     return Target(task.task_id, tuple(sorted(task.classes)), len(task.train), held, facts["trigger"])
 
 
-def commit(site: Site, opened: Journal, work: Work, target: Target, seconds: float) -> None:
-    """Put the plan on disk.
+def commit(site: Site, opened: Journal, work: Work, target: Target, seconds: float) -> dict[str, bytes]:
+    """Put the plan on disk; gives what to search files for, by name of the tensor that is gone.
 
     Args:
         site: the run, its files closed.
@@ -95,11 +95,11 @@ def commit(site: Site, opened: Journal, work: Work, target: Target, seconds: flo
         bookkeeping_excluded=list(BOOKKEEPING),
     )
     opened.commit(actions, draft, outside, site.stream.class_names)
+    return gone
 
 
-def left_over(site: Site, work: Work, target: Target) -> list[str]:
+def left_over(site: Site, target: Target, gone: Mapping[str, bytes]) -> list[str]:
     """A line for each file of the run folder that still holds a tensor which is gone, after all was purged."""
-    gone = needles(work.before.leads, learnt_state(work.learner))
     hits = purge.leftovers(site.path, subject_of(site, target), gone)
     return [f"{hit.path} still holds {hit.name}, which was to go: delete it" for hit in hits]
 

@@ -243,9 +243,9 @@ def _carry_out(site: Site, opened: journal.Journal, say: Callable[[str], None]) 
         opened.destroy()
         raise
     with site.closed():
-        commit(site, opened, work, target, time.perf_counter() - start)
+        gone = commit(site, opened, work, target, time.perf_counter() - start)
         _finish(site, opened)
-        for line in left_over(site, work, target):
+        for line in left_over(site, target, gone):
             log.warning("%s", line)
     leaks = f"; left: {', '.join(work.outcome.leaks)}" if work.outcome.leaks else ""
     say(f"task {facts['task_id']} is forgotten: {work.outcome.level}{leaks}; unlearning/certificate.json says how")

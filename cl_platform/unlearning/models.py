@@ -56,10 +56,8 @@ def restored(config: Mapping[str, Any], checkpoint: Checkpoint, build: Build) ->
             "run", str((config.get("backbone") or {}).get("kind")), "the backbone's weights are not those the run "
             "started with", "Use the same backbone",
         )  # fmt: skip
-    if checkpoint.state.get("backbone_frozen"):
-        learner.backbone.freeze()
-    learner.load_learnt_state(checkpoint.tensors)
-    learner.learnt = [int(task_id) for task_id in checkpoint.state.get("learnt", ())]
+    state = checkpoint.state
+    learner.restore(checkpoint.tensors, state.get("learnt", ()), bool(state.get("backbone_frozen")))
     return learner
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from forgetful_runs import TARGET, WORKSHOP, copied, drop, forget, nothing, raw_config, train, trained
+from forgetful_runs import TARGET, WORKSHOP, copied, drop, forget, nothing, trained
 
 from cl_platform.errors import UserError
 from cl_platform.run_folder import checkpoints
@@ -17,31 +17,6 @@ from cl_platform.unlearning.checks import NO_PROOF
 from cl_platform.unlearning.verify import Options, verify
 
 said: list[str] = []
-
-
-@pytest.fixture(scope="module")
-def learnt(tmp_path_factory):
-    """A run of three tasks that has forgotten nothing yet."""
-    return trained(tmp_path_factory.mktemp("exact"))
-
-
-@pytest.fixture(scope="module")
-def references(learnt):
-    """Runs that never learnt the task, of the same seed and of another."""
-    found = {}
-    for seed in (0, 1):
-        found[seed] = learnt.parent / f"reference_{seed}"
-        train(raw_config(learnt.parent, seed=seed, skip=(TARGET,)), found[seed])
-    return found
-
-
-@pytest.fixture
-def run(learnt, tmp_path):
-    """A copy of it to change."""
-    folder = copied(learnt, tmp_path / "run")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "output_root": str(tmp_path / "outputs")}))
-    return folder
 
 
 def verified(run, **options):
