@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 _HOMES = {
-    "compose": "cl_platform.cli.compose",
-    "parse": "cl_platform.run_config",
-    "build_stream": "cl_platform.scenarios",
+    "fit": "cl_platform.api",
+    "Run": "cl_platform.api",
+    "stream_from_folder": "cl_platform.api",
     "stream_from_datasets": "cl_platform.scenarios",
     "stream_from_avalanche": "cl_platform.scenarios.avalanche",
+    "build_stream": "cl_platform.scenarios",
     "build_backbone": "cl_platform.backbones",
+    "compose": "cl_platform.cli.compose",
+    "parse": "cl_platform.run_config",
     "Strategy": "cl_platform.strategies",
     "UserError": "cl_platform.errors",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cl_platform.backbones import build_backbone, refuse_prompts, supports_prompts
 from cl_platform.errors import UserError
 from cl_platform.learner import ContinualLearner, LearnerOptions
-from cl_platform.scenarios import Stream, Transforms, as_told, build_stream
+from cl_platform.scenarios import Stream, Transforms, as_told, build_extended
 from cl_platform.strategies.composition import build_strategies
 from cl_platform.trainer import batches_of
 from cl_platform.unlearning import sequence
@@ -30,13 +30,18 @@ def instructions_of(config: RunConfig, record: Record) -> Instructions | None:
 
 
 def stream_of(config: RunConfig, record: Record, instructions: Instructions | None = None) -> Stream:
-    """The scenario's stream without the tasks that a run has forgotten since, in the order of its instructions.
+    """The scenario's stream and what was added to it, in the order of the run's instructions.
+
+    Tasks that the run has forgotten since are not in it, unless they kept their place. Where the run's data are gone
+    its tasks hold no images.
 
     Raises:
         UserError: as :func:`~cl_platform.scenarios.build_stream`, or an instruction about a task that is not there.
     """
+    if config.bare is not None:
+        return config.bare.without(record.left_out)
     skipped = tuple(sorted({*config.scenario.skip_tasks, *record.left_out}))
-    stream = build_stream(replace(config.scenario, skip_tasks=skipped), config.data, config.seed)
+    stream = build_extended(config.scenario, config.data, config.seed, config.extensions, skipped, config.given)
     if instructions is None:
         return stream
     if stream.hidden:
@@ -94,8 +99,8 @@ def check_sizes(config: TrainerConfig, phases: Sequence[Phase], learner: Continu
     Raises:
         UserError: an epoch of a task would have no step.
     """
-    if not learner.composition.needs_gradient:
-        return
+    if not learner.composition.needs_gradient or not any(len(phase.task.train) for phase in phases):
+        return  # without gradients, or without data, from which nothing is learnt
     for phase in phases:
         if batches_of(len(phase.task.train), config) == 0:
             raise UserError(

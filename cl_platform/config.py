@@ -11,12 +11,13 @@ import dataclasses
 import keyword
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union
 
 from cl_platform.errors import UserError, as_typed, nearest
 
 C = TypeVar("C")
+Choices = Sequence[Any] | Callable[[], Sequence[Any]]
 
 
 def setting(
@@ -26,14 +27,15 @@ def setting(
     min: float | None = None,
     max: float | None = None,
     above: float | None = None,
-    choices: tuple[Any, ...] | None = None,
+    choices: Choices | None = None,
     only_with: tuple[str, tuple[Any, ...]] | None = None,
     factory: Any = dataclasses.MISSING,
 ) -> Any:
     """A dataclass field with a one-line doc, a range (``min``/``max`` inclusive, ``above`` exclusive) or choices.
 
     ``only_with`` names another key of the group and the values of it with which this one does something; elsewhere only
-    its default is taken, since a value that changes nothing misleads.
+    its default is taken, since a value that changes nothing misleads. ``choices`` may be a function that gives them,
+    for those that plug-ins add to.
     """
     metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices, "only_with": only_with}
     if factory is not dataclasses.MISSING:
@@ -68,9 +70,10 @@ def typed(cls: type[C], values: Mapping[str, Any] | None, prefix: str = "") -> C
         try:
             built[field.name] = _convert(value, hints[field.name], key)
         except UserError as error:
-            if field.metadata.get("choices") is None:
+            choices = choices_of(field.metadata)
+            if choices is None:
                 raise
-            raise _no_choice(key, value, field.metadata["choices"]) from error
+            raise _no_choice(key, value, choices) from error
         _check_range(built[field.name], field.metadata, key, value)
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -94,6 +97,34 @@ def _refuse_idle(made: Any, fields: Mapping[str, dataclasses.Field[Any]], prefix
         start = f"{prefix}." if prefix else ""
         read = f"is read only where {start}{other} is {' or '.join(map(as_typed, values))}"
         raise UserError(f"{start}{name}", value, read, f"Set {start}{other}={as_typed(values[0])}, or remove it")
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Keys and default values of a dataclass as plain Python values; ``???``, a value to be given, where it has none.
+
+    Raises:
+        TypeError: no dataclass.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        if field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = "???"
+        values[_key_of(field.name)] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {_key_of(f.name): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _key_of(field_name: str) -> str:
@@ -170,7 +201,13 @@ def _wrong_type(value: Any, hint: Any, key: str) -> UserError:
     return UserError(key, value, f"must be {listed}", f"Write {key}=VALUE, such as {key}={named[0][1]}")
 
 
-def _no_choice(key: str, value: Any, choices: tuple[Any, ...]) -> UserError:
+def choices_of(metadata: Mapping[str, Any]) -> Sequence[Any] | None:
+    """What a field may be, from its metadata; ``None`` for anything of its type."""
+    choices: Choices | None = metadata.get("choices")
+    return choices() if callable(choices) else choices
+
+
+def _no_choice(key: str, value: Any, choices: Sequence[Any]) -> UserError:
     near = nearest(str(value), map(str, choices))
     todo = f"Did you mean {near[0]}" if near else "Choose one of them"
     return UserError(key, value, f"must be one of {', '.join(map(as_typed, choices))}", todo)
@@ -180,7 +217,7 @@ def _check_range(value: Any, metadata: Mapping[str, Any], key: str, given: Any) 
     """Refuse a converted value that is out of range; ``given`` is how the user wrote it."""
     if value is None:
         return
-    choices = metadata.get("choices")
+    choices = choices_of(metadata)
     if choices is not None and value not in choices:
         raise _no_choice(key, given, choices)
     if not isinstance(value, (int, float)) or isinstance(value, bool):

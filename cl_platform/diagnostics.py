@@ -59,9 +59,11 @@ class Diagnostics:
         tasks = self._stream.tasks[: position + 1] if tasks is None else tasks
         answers = [a.tolist() for a in counts.answers[: len(tasks)]]
         labels = [task.test.labels.tolist() for task in tasks]
-        classes = sorted({c for known in self._answerable(position) for c in known})
+        known = {c for classes in self._answerable(position) for c in classes}
+        gone = {c for task in self._stream.tasks if task.task_id in self._forgotten for c in task.classes} - known
+        classes = sorted(known | gone.intersection(chain(*answers)))  # answered where its head rows were kept
         flat = confusion([*chain(*answers)], [*chain(*labels)], classes)
-        names = [self._stream.class_names[c] for c in classes]
+        names = [f"class {c}" if c in gone else self._stream.class_names[c] for c in classes]
         newest = self._stream.tasks[position].task_id
         record = {"position": position, "task_id": newest, "classes": classes, "class_names": names}
         self._after.append({**record, "counts": flat})
@@ -129,9 +131,11 @@ class Diagnostics:
             return None
         latest = self._after[-1]
         tasks = self._answerable(latest["position"])
-        if len({c for classes in tasks for c in classes}) < sum(map(len, tasks)):
+        known = {c for classes in tasks for c in classes}
+        if len(known) < sum(map(len, tasks)):
             return None
-        return task_confusion(latest["counts"], tasks)
+        gone = tuple(c for c in latest["classes"] if c not in known)  # first: the newest task stays last
+        return task_confusion(latest["counts"], [gone, *tasks] if gone else tasks)
 
     def _answerable(self, position: int) -> list[tuple[int, ...]]:
         """Classes, by task, that may be answered after the task at ``position``: declared ones from the start."""

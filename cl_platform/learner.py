@@ -80,8 +80,11 @@ class ContinualLearner(Ownership):
             cache=self.cache,
             seed=options.seed,
             num_tasks=stream.planned,
+            total_tasks=stream.total,
             length=len(stream.tasks),
+            ends=stream.ends,
             num_classes=stream.num_classes,
+            declared=stream.declared,
             setting=stream.setting,
             online=stream.online,
             boundaries=not stream.hidden,
@@ -108,8 +111,7 @@ class ContinualLearner(Ownership):
         self.images_forwarded = 0  # rows of training batches, replayed ones included
         self.further_updates = 0  # those outside Lightning's loop
         self.timed: Callable[[], AbstractContextManager[Any]] = nullcontext  # a stopwatch around them
-        self._first_epoch = 0
-        self._batch_idx = 0
+        self._first_epoch, self._batch_idx = 0, 0
         self._draws: dict[str, int] = {}
         self._host: tuple[Tensor, Batch] | None = None  # labels of a moved batch, and its ids on the host
         self._last_step: Step | None = None

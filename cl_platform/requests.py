@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cl_platform import registry
 from cl_platform.errors import UserError
 from cl_platform.run import Course, carry_on
 from cl_platform.run_config import parse
 from cl_platform.run_folder import RunFolder, checkpoints
+from cl_platform.scenarios.bare import Bare
 from cl_platform.site import Site
 from cl_platform.trainer import quiet_libraries
 from cl_platform.unlearning import engine, journal
@@ -22,8 +25,11 @@ from cl_platform.unlearning.certificate import read as read_certificate
 
 if TYPE_CHECKING:
     from cl_platform.run_config import RunConfig
+    from cl_platform.scenarios import Stream
     from cl_platform.unlearning.choice import Choice
     from cl_platform.unlearning.engine import Wish
+
+log = logging.getLogger("cl_platform")
 
 
 class Paused:
@@ -40,6 +46,7 @@ class Paused:
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config, self._folder = config, folder
         self._checkpoint = next(checkpoints(folder.path), None)
+        self._course: Course | None = None
 
     @property
     def unfinished(self) -> int | None:
@@ -58,7 +65,7 @@ class Paused:
                 "run", self._folder.path, "no task of it was finished, so there is nothing to forget",
                 "Delete the folder, or let the run finish a task",
             )  # fmt: skip
-        run = Course(self._config, self._folder.path, self._checkpoint, None)
+        run = self._course = self._built()
         run.recall(self._checkpoint)
         run.learner.to(run.trainer.strategy.root_device)
         return engine.plan(Site(run), wish)[0]
@@ -69,21 +76,47 @@ class Paused:
         Raises:
             UserError: as :meth:`plan`, or what was to be done failed.
         """
-        finished = (self._folder.path / "metrics.json").exists()
-        position = -1 if self._checkpoint is None else self._checkpoint.position
-        carry_on(self._config, self._folder, None if finished else position + 1, wish)
+        run, self._course = self._course or self._built(), None
+        carry_on(run.config, self._folder, self._until, wish, run)
+        self._checkpoint = next(checkpoints(self._folder.path), None)
         return read_certificate(self._folder.path / "unlearning" / FILE)[0]
+
+    @property
+    def _until(self) -> int | None:
+        """Tasks that the run has behind it, where it is not finished."""
+        if (self._folder.path / "metrics.json").exists():
+            return None
+        return 0 if self._checkpoint is None else self._checkpoint.position + 1
+
+    def _built(self) -> Course:
+        """The run; without images where its data are gone, and its own facts are there."""
+        path = self._folder.path
+        try:
+            return Course(self._config, path, self._checkpoint, self._until)
+        except UserError as missing:
+            from cl_platform.trained import stream_without_images
+
+            stream = stream_without_images(path)
+            if stream is None:
+                raise
+            made = Course(replace(self._config, bare=Bare(stream, missing)), path, self._checkpoint, self._until)
+            log.warning("the data of the run cannot be had (%s); only what needs none can be done", missing.key)
+            return made
 
 
 @contextmanager
-def paused(path: Path) -> Iterator[Paused]:
+def paused(path: Path, given: Stream | None = None) -> Iterator[Paused]:
     """Open a run folder.
+
+    Args:
+        path: the folder.
+        given: the stream of a run that was started from Python with one.
 
     Raises:
         UserError: no run folder, or one that another process writes to.
     """
     quiet_libraries()
-    config = configuration_of(path)
+    config = configuration_of(path, given)
     folder = RunFolder(path)
     try:
         yield Paused(config, folder)
@@ -91,17 +124,33 @@ def paused(path: Path) -> Iterator[Paused]:
         folder.close()
 
 
-def configuration_of(path: Path) -> RunConfig:
+def configuration_of(path: Path, given: Stream | None = None) -> RunConfig:
     """The configuration of a run folder, for going on with it: in silence, without requests of its own.
 
+    Args:
+        path: the folder.
+        given: the stream of a run that was started from Python with one.
+
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or one with a strategy that nothing here registers.
     """
     file = path / "config.yaml"
     if not file.is_file():
         hint = "Name the folder that a run printed as its run folder"
         raise UserError("run", path, "holds no config.yaml, so it is no run folder", hint)
     config = parse(yaml.safe_load(file.read_text()))
+    unknown = next((name for name in config.strategy if name not in registry.strategies), None)
+    if unknown is not None:  # a class that a script or a notebook gave, or a plug-in that was uninstalled
+        raise UserError(
+            "run", path, f"its strategy {unknown} is not known here",
+            "Install its plug-in, name the file that registers it as plugins in the run's config.yaml, or open the run "
+            "from a program that registers it",
+        )  # fmt: skip
     return replace(
-        config, run_dir=None, resume=str(path), logger={}, unlearning=replace(config.unlearning, requests=())
+        config,
+        run_dir=None,
+        resume=str(path),
+        logger={},
+        unlearning=replace(config.unlearning, requests=()),
+        given=given,
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cl_platform import registry
 from cl_platform.diagnostics import Diagnostics
 from cl_platform.evaluation import Counts, spaces_of
-from cl_platform.metrics import AccuracyMatrix, average_curve, summarise
+from cl_platform.metrics import AccuracyMatrix, Cell, average_curve, summarise
 from cl_platform.metrics.continual_log import ContinualLog
 from cl_platform.metrics.continual_results import continual_entries, coverage, gap_table
 from cl_platform.metrics.results import entry
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Stream, Task
+
+log = logging.getLogger("cl_platform")
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,14 @@ class Results:
             matrix.cumulative.pop()
         self.diagnostics.take_back()
 
+    def newest(self) -> dict[str, dict[int, Cell]]:
+        """The newest row by prediction space: task id -> (right answers, images) of what is not forgotten by now."""
+        found = {}
+        for space, matrix in self._matrices.items():
+            cells = zip(matrix.task_ids, matrix.rows[-1] if matrix.rows else [], strict=False)
+            found[space] = {t: cell for t, cell in cells if cell is not None and t not in matrix.forgotten}
+        return found
+
     def csv(self) -> str:
         """Text of ``accuracy_matrix.csv`` in the primary space."""
         return self.primary.to_csv()
@@ -153,7 +165,12 @@ class Results:
             self._spaces[0],
             row_reason=self._row_reason,
             candidates=candidates,
-            extra={**self._curve_entries(), **continual.entries(self._spaces), **self.diagnostics.entries()},
+            extra={
+                **self._plugin_entries(),
+                **self._curve_entries(),
+                **continual.entries(self._spaces),
+                **self.diagnostics.entries(),
+            },
         )
         tables = continual.tables(self._spaces[0])
         return {**summary, **tables, "forgotten": self._forgotten_cells(), "strategy": strategy_facts}
@@ -176,6 +193,14 @@ class Results:
             for space, matrix in self._matrices.items()
         }
 
+    def _plugin_entries(self) -> dict[str, dict[str, Any]]:
+        """Registered metrics: of a function's matrix in each space, under the function's name."""
+        return {
+            f"{name}_{space}": _plugin_entry(name, matrix)
+            for name in registry.metrics.names()
+            for space, matrix in self._matrices.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """State for a checkpoint."""
         matrices = {space: matrix.to_dict() for space, matrix in self._matrices.items()}
@@ -184,6 +209,20 @@ class Results:
     def load_json(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`to_json` gave."""
         matrices = state["matrices"]
-        ids = {task.task_id for task in self._tasks}
-        self._matrices = {space: AccuracyMatrix.from_dict(matrices[space]).only(ids) for space in self._spaces}
+        ids = [task.task_id for task in self._tasks]
+        stored = {space: AccuracyMatrix.from_dict(matrices[space]).only(ids) for space in self._spaces}
+        self._matrices = {space: matrix.behind(ids) for space, matrix in stored.items()}  # of tasks added since
         self.diagnostics.load_json(state["diagnostics"])
+
+
+def _plugin_entry(name: str, matrix: AccuracyMatrix) -> dict[str, Any]:
+    """A plug-in's metric; one that fails costs its own value and nothing else."""
+    function = registry.metrics.get(name)
+    try:
+        found = function(matrix)
+        value = None if found is None else float(found)
+        made = entry("plug-in", value, matrix.space, reason="no_value" if value is None else None)
+    except Exception:
+        log.warning("the metric %s of a plug-in failed", name, exc_info=True)
+        made = entry("plug-in", None, matrix.space, reason="failed")
+    return {**made, "text": next(iter((function.__doc__ or "").strip().splitlines()), "")}

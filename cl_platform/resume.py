@@ -13,7 +13,7 @@ from cl_platform.errors import UserError
 from cl_platform.run_config import RunConfig, parse
 from cl_platform.run_folder import Checkpoint, checkpoints, latest_run, new_run_path
 
-ASIDE = ("strategy", "run_dir", "resume", "debug", "output_root", "logger", "data", "report", "raw")
+ASIDE = ("strategy", "run_dir", "resume", "debug", "output_root", "logger", "data", "report", "raw", "given", "bare")
 """Fields of the configuration that change nothing of what a run computes, or are compared apart."""
 
 log = logging.getLogger("cl_platform")
@@ -30,7 +30,7 @@ def locate(config: RunConfig) -> tuple[Path, Checkpoint | None]:
     if config.resume is None:
         if given is not None and (given / "config.yaml").exists():
             raise UserError("run_dir", given, "holds a run already", "Add resume=auto, or choose another folder")
-        return given or new_run_path(root, config.scenario.kind, config.strategy_name), None
+        return given or new_run_path(root, config.scenario_name, config.strategy_name), None
     if config.resume != "auto":
         if isinstance(config.resume, bool) or config.resume == "":
             key = "resume" if config.resume != "" else "resume="
@@ -38,12 +38,12 @@ def locate(config: RunConfig) -> tuple[Path, Checkpoint | None]:
         given = Path(str(config.resume))
         if not given.is_dir():
             raise UserError("resume", given, "there is no such run folder", "Write resume=auto or a run folder")
-    path = given or latest_run(root, config.scenario.kind, config.strategy_name)
+    path = given or latest_run(root, config.scenario_name, config.strategy_name)
     if path is None or not (path / "config.yaml").exists():
         if config.resume == "auto":
-            where = path or root / config.scenario.kind / config.strategy_name
+            where = path or root / config.scenario_name / config.strategy_name
             log.info("resume=auto: there is no run in %s to go on with, a new one starts", where)
-            return path or new_run_path(root, config.scenario.kind, config.strategy_name), None
+            return path or new_run_path(root, config.scenario_name, config.strategy_name), None
         raise UserError("resume", path, "holds no run", "Write resume=auto or a run folder")
     _same_configuration(config, path)
     checkpoint = next(checkpoints(path), None)
@@ -64,6 +64,9 @@ def _same_configuration(config: RunConfig, path: Path) -> None:
         reason = f"the run was started with {error.key}={error.value}, which this version does not take"
         raise UserError("resume", path, reason, "Start a new run, or use the version that began it") from error
     now = _settings(config)
+    if before["extensions"] and not now["extensions"]:
+        todo = f"Go on with it by python -m cl_platform resume {path}"
+        raise UserError("resume", path, "tasks were added to the run since it was started", todo)
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             name = _first_difference(key, before.get(key), now.get(key))

@@ -27,7 +27,7 @@ from cl_platform.results import Results
 from cl_platform.resume import locate
 from cl_platform.run_config import RunConfig
 from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, to_json, to_yaml
-from cl_platform.scenarios import Stream, StreamLoader
+from cl_platform.scenarios import Stream, StreamLoader, facts
 from cl_platform.site import Site
 from cl_platform.strategies.phases import Phase
 from cl_platform.trainer import build_trainer, explained_memory, quiet_libraries
@@ -70,8 +70,9 @@ def run(config: RunConfig) -> RunResult:
 
 
 def carry_on(
-    config: RunConfig, folder: RunFolder | None = None, until: int | None = None, wish: Wish | None = None
-) -> RunResult | None:
+    config: RunConfig, folder: RunFolder | None = None, until: int | None = None, wish: Wish | None = None,
+    built: Course | None = None,
+) -> RunResult | None:  # fmt: skip
     """A run to its end, or to a bound between two of its tasks.
 
     Args:
@@ -79,6 +80,7 @@ def carry_on(
         folder: the run folder, where the caller has locked it already.
         until: tasks that are learnt, or passed, when it stops; ``None``: all.
         wish: what is forgotten before anything more is learnt.
+        built: the run, where the caller has made it from the newest checkpoint already.
 
     Returns:
         ``None`` where the run stopped before its end.
@@ -89,7 +91,7 @@ def carry_on(
     locked, fresh = folder, not path.exists()
     try:
         while True:
-            made = Course(config, path, checkpoint, until)
+            made = built or Course(config, path, checkpoint, until)
             try:
                 locked = made.folder = locked or RunFolder(path, fresh)
             except FileExistsError:  # a run that started in the same second has it
@@ -98,7 +100,7 @@ def carry_on(
             result = made.execute(wish)
             if not made.unlearning.replaced:
                 return result
-            checkpoint, wish = next(checkpoints(path), None), None
+            checkpoint, wish, built = next(checkpoints(path), None), None, None
             if until is not None:
                 until = 0 if checkpoint is None else checkpoint.position + 1
     finally:
@@ -147,6 +149,8 @@ class Course:
                 self.progress.start()
             try:
                 self.unlearning.settle(wish)
+                if not self.unlearning.replaced:  # only now: an open request exchanges files as it found them
+                    self.folder.write(facts.FILE, to_json(facts.facts_of(self.stream, self.record.ids)))
                 self._loop(first)
                 if self.saved is not None and not self.unlearning.replaced:
                     self._write_results()
@@ -195,8 +199,9 @@ class Course:
             self.watchers.reopen(checkpoint.position, checkpoint.state["evaluation"])
             done, phase = self.stream.tasks[checkpoint.position].task_id, checkpoint.state["phase"]
             log.info("resumed after task %d (%d of %d)", done, phase + 1, len(self.phases))
-        facts = environment.describe(config.seed, self.stream, learner.backbone, self.digest, learner.transforms.id)
-        self.folder.write("environment.json", to_json(facts))
+        made_with = environment.describe(config.seed, self.stream, learner.backbone, self.digest, learner.transforms.id)
+        if config.bare is None:
+            self.folder.write("environment.json", to_json(made_with))
         first = 0 if checkpoint is None else checkpoint.state["phase"] + 1
         plan = self.plan
         self.progress = StreamProgress(sum(plan.steps), len(plan.looks), done=plan.done(first))
@@ -344,12 +349,8 @@ class Course:
         """Put back what a checkpoint holds, in memory."""
         state = checkpoint.state
         if state["backbone_sha256"] != self.digest:
-            raise UserError(
-                "resume",
-                self.path,
-                "the backbone's weights are not those the run started with",
-                "Use the same backbone",
-            )
+            why = "the backbone's weights are not those the run started with"
+            raise UserError("resume", self.path, why, "Use the same backbone")
         self.learner.restore(checkpoint.tensors, state["learnt"], state["backbone_frozen"])
         self.unlearning.load_state(state["unlearning"])
         self.learner.forwards_train = state["forwards_train"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from cl_platform import plugins, registry
 from cl_platform.backbones import BackboneConfig
 from cl_platform.config import setting, typed
 from cl_platform.errors import UserError, nearest
 from cl_platform.optimizers import OptimizerConfig
-from cl_platform.scenarios import DataConfig, ScenarioConfig
+from cl_platform.scenarios import DataConfig, Extension, ScenarioConfig, Stream
+from cl_platform.scenarios.bare import Bare
 from cl_platform.unlearning.config import UnlearningConfig, parse_unlearning
 
 
@@ -42,6 +44,7 @@ class HeadConfig:
     )
 
 
+C = TypeVar("C")
 GRIDS = ("adaptive", "every_step", "every", "boundaries", "off")
 
 
@@ -91,7 +94,12 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run, fully specified. ``raw`` is the resolved configuration as it goes into ``config.yaml``."""
+    """A run, fully specified. ``raw`` is the resolved configuration as it goes into ``config.yaml``.
+
+    ``given`` is the stream of a run that was started from Python with one; no key of the configuration holds it.
+    ``extensions`` are the tasks that were added to the run after it had finished, in their order. ``bare`` stands for
+    the stream of a finished run whose data are gone.
+    """
 
     strategy: dict[str, dict[str, Any]]
     scenario: ScenarioConfig
@@ -111,6 +119,14 @@ class RunConfig:
     resume: str | None
     debug: bool
     raw: dict[str, Any]
+    given: Stream | None = field(default=None, repr=False, compare=False)
+    extensions: tuple[Extension, ...] = ()
+    bare: Bare | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def scenario_name(self) -> str:
+        """``split_digits``, or the name of a given stream."""
+        return self.scenario.kind if self.given is None else self.given.name
 
     @property
     def strategy_name(self) -> str:
@@ -120,7 +136,7 @@ class RunConfig:
 
 TOP_LEVEL = (
     "strategy", "scenario", "backbone", "trainer", "optimizer", "head", "evaluation", "diagnostics", "report", "data",
-    "logger", "unlearning",
+    "logger", "unlearning", "extensions",
     "seed", "run_dir", "output_root", "resume", "debug", "plugins", "sweep",
 )  # fmt: skip
 
@@ -135,8 +151,8 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         if key not in TOP_LEVEL:
             near = nearest(key, TOP_LEVEL)
             raise UserError(key, raw[key], "unknown key", f"Did you mean {near[0]}" if near else "Remove it")
-    if raw.get("plugins"):
-        raise UserError("plugins", raw["plugins"], "is reserved and not available yet", "Leave it out")
+    plugins.load_installed()
+    plugins.load(raw.get("plugins"))
     for key in ("run_dir", "output_root"):
         if raw.get(key) == "":
             raise UserError(key, "", "is empty", f"Write {key}=FOLDER, or leave it out")
@@ -149,8 +165,8 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         raise UserError("debug", debug, "must be true or false", "Write debug=true")
     return RunConfig(
         strategy=strategy,
-        scenario=typed(ScenarioConfig, raw.get("scenario"), "scenario"),
-        backbone=typed(BackboneConfig, raw.get("backbone"), "backbone"),
+        scenario=typed(_config(registry.scenarios, raw, ScenarioConfig), raw.get("scenario"), "scenario"),
+        backbone=typed(_config(registry.backbones, raw, BackboneConfig), raw.get("backbone"), "backbone"),
         trainer=typed(TrainerConfig, raw.get("trainer"), "trainer"),
         optimizer=_optimizer(raw, strategy),
         head=typed(HeadConfig, raw.get("head"), "head"),
@@ -166,7 +182,28 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         resume=raw.get("resume"),
         debug=debug,
         raw={key: value for key, value in raw.items() if key != "sweep"},
+        extensions=_extensions(raw.get("extensions")),
     )
+
+
+def _config(kind: registry.Registry, raw: Mapping[str, Any], shared: type[C]) -> type[C]:
+    """The dataclass of the group's keys: a plug-in may have one that widens the shared one."""
+    group = raw.get(str(kind.group))
+    name = group.get("kind") if isinstance(group, Mapping) else None
+    return (kind.config(name) if isinstance(name, str) else None) or shared
+
+
+def _extensions(listed: Any) -> tuple[Extension, ...]:
+    if listed is not None and not isinstance(listed, (list, tuple)):
+        raise UserError("extensions", listed, "must be a list of scenarios", "Leave it to the command extend")
+    made = []
+    for number, entry in enumerate(listed or ()):
+        key = f"extensions[{number}]"
+        if not isinstance(entry, Mapping) or set(entry) - {"scenario", "data"}:
+            raise UserError(key, entry, "must hold the groups scenario and data", "Leave it to the command extend")
+        scenario = typed(_config(registry.scenarios, entry, ScenarioConfig), entry.get("scenario"), f"{key}.scenario")
+        made.append(Extension(scenario, typed(DataConfig, entry.get("data"), f"{key}.data")))
+    return tuple(made)
 
 
 def _named_groups(raw: Mapping[str, Any], group: str) -> dict[str, dict[str, Any]]:

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from cl_platform.building import build_learner, instructions_of, stream_of
 from cl_platform.environment import git_commit, package_version
+from cl_platform.evaluation import count_correct
 from cl_platform.plan import Plan
-from cl_platform.run_folder import checkpoints, to_json
+from cl_platform.run_folder import checkpoint_positions, checkpoints, to_json
+from cl_platform.scenarios.cache import kept_at
 from cl_platform.unlearning.certificate import Run as RunFacts
 from cl_platform.unlearning.engine import Contents
 from cl_platform.unlearning.forgotten import Forgotten, Record
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
+    from cl_platform.metrics import Cell
     from cl_platform.run import Course
     from cl_platform.scenarios import Stream
     from cl_platform.unlearning.config import UnlearningConfig
@@ -74,10 +77,12 @@ class Site:
         """Whether writes were held against the owner records: ``verified``, ``declared`` or ``violated``."""
         return self._run.unlearning.lineage
 
-    def data_cache(self) -> Path | None:
-        """Folder of decoded images outside the run; ``None`` where there is none."""
-        folder = self._run.config.data.cache_folder()
-        return folder if folder.is_dir() else None
+    def data_cache(self) -> list[Path] | None:
+        """Where the cache outside the run holds the decoded images of its data set; ``None`` where nobody can tell."""
+        if self._run.config.bare is not None:
+            return None
+        sets = [part for task in self.stream.tasks for part in (task.train, task.validation, task.test)]
+        return sorted({path for part in sets for path in kept_at(part.source)})
 
     def facts(self) -> RunFacts:
         """Which run it is."""
@@ -113,6 +118,7 @@ class Site:
             UserError: data of a task are missing.
         """
         run = self._run
+        self._refuse_bare()
         ids = [task.task_id for task in self.stream.tasks]
         gone = [task_id for task_id in (*run.record.ids, *ids) if task_id not in way.order]
         record = Record(tuple(Forgotten(task_id, "", "", None, False) for task_id in gone))
@@ -122,6 +128,10 @@ class Site:
         pairs = zip(plan.phases, plan.steps, strict=True)
         stages = [(phase, steps) for phase, steps in pairs if way.base < phase.position < way.until]
         return sum(plan.images(phase) for phase, _ in stages), sum(steps for _, steps in stages)
+
+    def _refuse_bare(self) -> None:
+        if self._run.config.bare is not None:
+            raise self._run.config.bare.missing
 
     def spent(self) -> Mapping[str, Any]:
         """What the run has cost so far."""
@@ -158,13 +168,42 @@ class Site:
                 run.watchers.reopen(run.passed - 1, state)
 
     def relearn(self, staging: Path, until: int) -> None:
-        """Learn the stream of a folder up to a number of tasks, from its newest checkpoint."""
+        """Learn the stream of a folder up to a number of tasks, from its newest checkpoint.
+
+        Raises:
+            UserError: data of a task are missing.
+        """
         from cl_platform.run import carry_on
+
+        if max(checkpoint_positions(staging), default=-1) + 1 < until:
+            self._refuse_bare()
 
         self._run.progress.stop()  # the relearning shows a bar of its own
         config = self._run.config
         quiet = replace(config.unlearning, requests=())
         carry_on(replace(config, run_dir=str(staging), resume="auto", unlearning=quiet), until=until)
+
+    def answers(self, anew: bool) -> dict[str, dict[int, Cell]]:
+        """Right answers by prediction space: task id -> (right, images) of the test sets of all tasks that are held.
+
+        Args:
+            anew: the learner has changed since the newest task's row was evaluated.
+        """
+        run = self._run
+        if not anew:
+            return run.results.newest()
+        held = run.results.kept(self.stream.tasks[: self.passed])
+        with run.cost.phase("eval_boundary"):
+            counts = count_correct(self.learner, held)
+        ids = [task.task_id for task in held]
+        return {
+            space: dict(zip(ids, zip(right, counts.total, strict=True), strict=True))
+            for space, right in counts.correct.items()
+        }
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run folder."""
+        self._run.folder.write(name, text)
 
     def look_again(self) -> None:
         """Evaluate the newest task's row anew, and save."""

@@ -5,13 +5,14 @@ import json
 import logging
 import threading
 
+import lightning as L
 import pytest
 import timm
 import torch
 from fingerprints import differing_kinds, fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import begun, built, config_of, copy_of, differing, digits, first_step, learn, learnt, only, tiny_vit
+from tiny import begun, built, config_of, copy_of, differing, digits, learn, learnt, only, tiny_vit
 from torch import nn
 
 import cl_platform.strategies  # noqa: F401  registers the strategies
@@ -25,6 +26,7 @@ from cl_platform.strategies import Component
 NAMES = registry.strategies.names()
 GRADIENT = [name for name in NAMES if registry.strategies.get(name).needs.gradient]
 CPU = torch.device("cpu")
+COUNTS_FLOPS = True
 
 
 def batch_of(task, size=8):
@@ -43,6 +45,8 @@ def flops(function):
 def test_a_linear_layer_costs_two_per_weight_and_image_and_as_much_again_for_each_gradient():
     layer, rows = nn.Linear(64, 10), torch.randn(8, 64)
     assert flops(lambda: layer(rows)) == 10_240
+    with torch.inference_mode():  # here it arrives whole, and has no formula
+        assert flops(lambda: layer(rows)) == 10_240
     assert flops(lambda: layer(rows).sum().backward()) == 20_480
     assert flops(lambda: layer(rows.clone().requires_grad_()).sum().backward()) == 30_720
 
@@ -106,23 +110,6 @@ def test_bytes_are_those_of_the_union(spans):
 # -- what tasks cost --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_strategy_is_counted_or_says_why_not(name):
-    learner = begun(config_of(name), digits(), 1)
-    record = efficiency.task_flops(learner)
-    assert json.loads(json.dumps(record)) == record
-    assert record["task_id"] == 1
-    assert record["flops_eval_image"] > 0
-    if name in GRADIENT:
-        assert record["flops_train_step"] > 0
-        assert "reason" not in record
-        assert efficiency.flops_train_step(learner, batch_of(digits().tasks[1])) == record["flops_train_step"]
-    else:
-        assert record["flops_train_step"] is efficiency.flops_train_step(learner, batch_of(digits().tasks[1])) is None
-        assert record["reason"] == "closed_form"
-    assert efficiency.flops_eval_image(learner, digits().tasks[0].test.images(slice(0, 4))) > 0
-
-
 def steps(name, batch=8, **groups):
     learner = begun(config_of(name, **groups), digits())
     return efficiency.flops_train_step(learner, batch_of(digits().tasks[0], batch))
@@ -130,11 +117,11 @@ def steps(name, batch=8, **groups):
 
 def test_a_frozen_trunk_makes_a_step_cheaper():
     everything = steps("finetune")
-    last_block = steps("finetune", strategy={"trainable": ["blocks.4.*"]})
+    last_block = steps("finetune", strategy={"trainable": ["blocks.2.*"]})
     assert steps("linear_probe") < last_block < everything
     learner = begun(config_of("finetune"), digits())
     image = efficiency.flops_eval_image(learner, digits().tasks[0].test.images(slice(0, 1)))
-    assert 2.9 * 8 * image < everything < 3 * 8 * image  # the gradient of the pixels is not needed
+    assert 2.8 * 8 * image < everything < 3 * 8 * image  # the gradient of the pixels is not needed
     assert 8 * image < last_block < 2 * 8 * image
 
 
@@ -196,48 +183,69 @@ def places(learner):
     return {n: t.data_ptr() for n, t in (*learner.named_parameters(), *learner.named_buffers())}
 
 
-def assert_no_trace(learner, task):
+def assert_no_trace(learner, count=efficiency.task_flops):
+    """What ``count`` finds, which must leave everything as it was."""
     before = trace(learner)
     memory = places(learner)
-    state, last = copy_of(learner.state_dict()), learner._last_step
-    efficiency.task_flops(learner)
-    efficiency.flops_train_step(learner, batch_of(task))
-    efficiency.flops_eval_image(learner, task.test.images(slice(0, 2)))
+    state, last, trainer = copy_of(learner.state_dict()), learner._last_step, learner.trainer
+    found = count(learner)
     after = trace(learner)
     assert differing_kinds(before[0], after[0]) == set()
     assert before[1:] == after[1:]
     assert not differing(state, learner.state_dict())
     assert memory == places(learner)
     assert learner._last_step is last
-    assert torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_counting_leaves_no_trace_in_any_learner(name):
-    learner, task = begun(config_of(name), digits(), 1), digits().tasks[1]
-    learner.train()
-    trainer = learner.trainer
-    assert_no_trace(learner, task)
-    if name in GRADIENT:  # in the middle of a step as well
-        _, terms = first_step(learner, task)
-        sum(terms.values()).backward()
-        assert any(p.grad is not None for p in learner.parameters())
-        assert_no_trace(learner, task)
     assert learner.trainer is trainer
+    assert torch.is_grad_enabled()
+    return found
+
+
+def counted_in_all_ways(learner):
+    """The record of a task, which is what the parts give."""
+    task, record = learner.task, efficiency.task_flops(learner)
+    assert json.loads(json.dumps(record)) == record
+    assert record["task_id"] == task.task_id
+    assert record["flops_eval_image"] > 0
+    assert efficiency.flops_train_step(learner, batch_of(task)) == record["flops_train_step"]
+    assert efficiency.flops_eval_image(learner, task.test.images(slice(0, 2))) > 0
+    return record
+
+
+class InTheMiddle(L.Callback):
+    """Counts where gradients wait for the optimizer; once."""
+
+    record = None
+
+    def on_after_backward(self, trainer, learner):
+        if self.record is None:
+            assert any(p.grad is not None for p in learner.parameters())
+            self.record = assert_no_trace(learner)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_counting_at_the_start_of_every_task_changes_no_byte_of_what_is_learnt(name):
+def test_every_strategy_is_counted_without_a_trace_and_without_changing_a_byte_of_what_is_learnt(name):
     config, counted = config_of(name), built(config_of(name), digits())
-    real = counted.begin_task
+    *earlier, last = counted.composition.arrange(digits().tasks)
+    real, records, middle = counted.begin_task, [], InTheMiddle()
 
-    def begin_task(*args):
-        real(*args)
-        efficiency.task_flops(counted)
+    def begin_task(task, *rest):
+        real(task, *rest)
+        counted.train()
+        way = counted_in_all_ways if task is last.task else efficiency.task_flops
+        records.append(assert_no_trace(counted, way))
 
     counted.begin_task = begin_task
-    learn(counted, config, counted.composition.arrange(digits().tasks))
+    learn(counted, config, earlier)
+    learn(counted, config, [last], middle)
     assert not differing(counted.state_dict(), learnt(config, digits()).state_dict())
+    assert len(records) == 1 + len(earlier)
+    if name in GRADIENT:
+        assert records[-1] == middle.record
+        assert records[-1]["flops_train_step"] > 0
+        assert "reason" not in records[-1]
+    else:
+        assert records[-1]["flops_train_step"] is None
+        assert records[-1]["reason"] == "closed_form"
 
 
 @pytest.mark.parametrize("backbone", ["dropout", "batch norm"])
@@ -247,7 +255,7 @@ def test_counting_draws_nothing_and_moves_no_statistics(backbone):
     )
     learner = begun(config_of("finetune"), digits(), 0, network)
     learner.train()
-    assert_no_trace(learner, digits().tasks[0])
+    assert_no_trace(learner, counted_in_all_ways)
 
 
 def test_the_copy_is_of_its_own_and_shares_no_weight_that_is_trained():

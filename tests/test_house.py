@@ -28,7 +28,7 @@ MAY_IMPORT = {  # room -> rooms below it
     "optimizers": {"config", "errors", "strategies"},
     "backbones": {"errors", "config", "registry", "random_streams", "batch"},
     "scenarios": {"errors", "files", "config", "registry", "random_streams", "batch"},
-    "memory": {"errors", "config", "random_streams", "batch", "slots"},
+    "memory": {"errors", "config", "registry", "random_streams", "batch", "slots"},
     "strategies": {
         "memory",
         "finetuning",
@@ -64,7 +64,8 @@ MAY_IMPORT = {  # room -> rooms below it
     "diagnostics": {"evaluation", "scenarios", "metrics"},
     "estimate": {"learner", "scenarios", "strategies"},
     "subset_evaluation": {"learner", "evaluation", "heads", "scenarios", "metrics", "backbones"},
-    "efficiency": {"learner", "batch", "metrics", "scenarios", "random_streams"},
+    "copies": {"learner", "scenarios"},
+    "efficiency": {"learner", "copies", "batch", "metrics", "scenarios", "random_streams"},
     "energy": {"metrics"},
     "callbacks": {
         "learner",
@@ -81,6 +82,7 @@ MAY_IMPORT = {  # room -> rooms below it
     },
     "unlearning": {
         "cost",
+        "copies",
         "learner",
         "strategies",
         "heads",
@@ -100,7 +102,30 @@ MAY_IMPORT = {  # room -> rooms below it
         "optimizers",
         "memory",
     },
+    "checkup": {"backbones", "plugins"},
     "report": {"metrics", "errors", "files", "config"},
+    "image_paths": {"scenarios"},
+    "tracing": {"learner", "batch", "errors"},
+    "testing": {
+        "cli",
+        "plugins",
+        "run_config",
+        "trainer",
+        "learner",
+        "evaluation",
+        "unlearning",
+        "strategies",
+        "backbones",
+        "scenarios",
+        "memory",
+        "optimizers",
+        "slots",
+        "batch",
+        "config",
+        "errors",
+        "registry",
+        "random_streams",
+    },
 }
 
 
@@ -162,5 +187,13 @@ def test_the_command_line_starts_without_torch():
     assert _printed(code) == "False False"
 
 
-def test_running_never_imports_avalanche_by_itself():
-    assert _printed("import sys, cl_platform.run; print('avalanche' in sys.modules)") == "False"
+def test_running_imports_nothing_heavy_unless_asked_for(tmp_path):
+    code = (
+        "import sys, cl_platform.backbones; print('timm' in sys.modules);"
+        "from cl_platform.cli.train import train;"
+        f"train(['strategy=nmc', 'logger=[]', 'report.html=false', 'trainer.progress=false', 'run_dir={tmp_path}/r',"
+        "'scenario.num_tasks=2', 'scenario.train_per_class=4', 'scenario.test_per_class=4']);"
+        "print('cl_platform.report' in sys.modules, 'avalanche' in sys.modules)"
+    )
+    first, *_, last = _printed(code).splitlines()
+    assert (first, last) == ("False", "False False")

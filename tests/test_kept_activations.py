@@ -1,6 +1,9 @@
 """Activations behind the blocks that nothing changes are computed once per evaluation image, and never stale."""
 
+import functools
+
 import pytest
+import tiny
 import torch
 from tiny import answers, begun, built, config_of, differing, digits, fit, images_of, learn, learnt
 
@@ -12,6 +15,11 @@ CASES = {
     "dual_prompt": ({"g_layers": [3], "e_layers": [4]}, 3),
     "finetune": ({"trainable": ["blocks.4.*", "norm.*"]}, 4),
 }
+
+
+@pytest.fixture(autouse=True)
+def _five_blocks(monkeypatch):
+    monkeypatch.setattr(tiny, "tiny_vit", functools.partial(tiny.tiny_vit, depth=5))
 
 
 def subsets_of(stream, count=12):

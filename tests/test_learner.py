@@ -19,13 +19,11 @@ from tiny import (
     copy_of,
     differing,
     digits,
-    first_step,
     fit,
     images_of,
     learn,
     learnt,
     one_class,
-    trainer_for,
 )
 
 import cl_platform.strategies  # noqa: F401  registers the strategies
@@ -65,29 +63,6 @@ def test_every_strategy_is_covered():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_answer_depends_neither_on_batch_mates_nor_on_their_order_nor_on_the_batch_size(name):
-    learner = ready(name)
-    noise = torch.randint(0, 256, (33, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = torch.cat([images_of(digits(), "train"), noise])
-    expected = answers(learner, images)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
-    top = expected.topk(2, dim=1).values
-    clear = (top[:, 0] - top[:, 1]) > 1e-4
-    assert clear.any()
-    for size, rows in ((64, torch.arange(len(images))), (64, order), (7, order[:21]), (2, order[:8]), (1, order[:8])):
-        found, wanted = answers(learner, images[rows], size), expected[rows]
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-        assert torch.equal(found.argmax(1)[clear[rows]], wanted.argmax(1)[clear[rows]])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_image_alone_is_answered_as_among_copies_of_one_other_image(name):
-    learner, images = ready(name), images_of(digits())
-    crowd = torch.cat([images[:1], images[-1:].expand(40, -1, -1, -1)])
-    torch.testing.assert_close(answers(learner, crowd)[0], answers(learner, images[:1])[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_no_task_id_and_no_label_reaches_what_answers(name, monkeypatch):
     learner, seen = ready(name), []
     assert list(inspect.signature(learner.logits_of_images).parameters) == ["images"]
@@ -107,16 +82,6 @@ def test_no_task_id_and_no_label_reaches_what_answers(name, monkeypatch):
         assert set(batch.extra) <= {"query"}
         for column in (batch.task_ids, batch.labels, batch.example_ids):
             assert bool((column == -1).all())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_answers_stand_in_ascending_class_id_over_seen_classes_only(name):
-    learner = begun(config_of(name), digits(3), 1)
-    learner.end_task(learner.task)
-    logits = answers(learner, images_of(digits()))
-    assert learner.seen_classes() == [0, 1, 2, 3]
-    assert logits.shape == (24, 4)
-    assert logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,34 +121,6 @@ def test_other_images_under_the_same_name_are_not_answered_from_the_kept_feature
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_leaves_weights_random_numbers_modes_and_gradients_as_they_were(name):
-    learner = begun(config_of(name), digits(), 0)
-    learner.train()
-    if learner.composition.needs_gradient:
-        step, terms = first_step(learner, digits().tasks[0])
-        sum(terms.values()).backward()
-    else:
-        learner.end_task(digits().tasks[0])
-    weights = copy_of(learner.state_dict())
-    modes = [module.training for module in learner.modules()]
-    flags = [p.requires_grad for p in learner.parameters()]
-    gradients = [None if p.grad is None else p.grad.clone() for p in learner.parameters()]
-    random = torch.get_rng_state()
-    with torch.enable_grad():
-        counts = count_correct(learner, digits().tasks[:1])
-        answers(learner, images_of(digits()))
-        assert torch.is_grad_enabled()
-    assert counts.total == [12]
-    assert not differing(weights, learner.state_dict())
-    assert modes == [module.training for module in learner.modules()]
-    assert flags == [p.requires_grad for p in learner.parameters()]
-    assert torch.equal(random, torch.get_rng_state())
-    for before, parameter in zip(gradients, learner.parameters(), strict=True):
-        assert (before is None) == (parameter.grad is None)
-        assert before is None or torch.equal(before, parameter.grad)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_no_module_is_in_training_mode_while_it_answers(name, monkeypatch):
     learner, training = ready(name), []
     real = learner.composition.predict
@@ -200,55 +137,7 @@ def test_no_module_is_in_training_mode_while_it_answers(name, monkeypatch):
     assert training == [[]] * 4
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_evaluating_in_the_middle_of_training_changes_no_byte_of_what_is_learnt(name):
-    class Evaluate(L.Callback):
-        def on_train_batch_end(self, trainer, learner, *rest):
-            count_correct(learner, [learner.task])
-
-    config, tasks = config_of(name), tasks_of(name)
-    with_it = learn(built(config, digits()), config, tasks, Evaluate())
-    assert not differing(learn(built(config, digits()), config, tasks).state_dict(), with_it.state_dict())
-
-
 # -- state ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["state_dict", "learnt_state"])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_state_alone_gives_a_newly_built_learner_the_same_bits(name, way):
-    learner = ready(name)
-    other = built(config_of(name), digits())
-    if way == "state_dict":
-        other.load_state_dict(copy_of(learner.state_dict()))
-    else:
-        other.load_learnt_state(copy_of(learner.learnt_state()))
-    assert not differing(learner.state_dict(), other.state_dict())
-    assert other.seen_classes() == learner.seen_classes()
-    assert torch.equal(answers(other, images_of(digits())), answers(learner, images_of(digits())))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_restored_learner_goes_on_with_the_same_bytes(name):
-    config, tasks = config_of(name), digits().tasks
-    straight = built(config, digits())
-    learn(straight, config, tasks[:1])
-    resumed = built(config, digits())
-    resumed.load_state_dict(copy_of(straight.state_dict()))
-    resumed.further_updates = straight.further_updates  # a counter, as the trainer's: a checkpoint keeps it beside
-    learn(straight, config, tasks[1:])
-    learn(resumed, config, tasks[1:])
-    assert not differing(straight.state_dict(), resumed.state_dict())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_a_task_owns_alone_keeps_its_bits_when_the_next_is_learnt(name):
-    config, tasks = config_of(name, optimizer={"weight_decay": 0.1}), digits().tasks
-    learner = learn(built(config, digits()), config, tasks[:1])
-    before = _owned_by_the_first(learner)
-    learn(learner, config, tasks[1:])
-    after = _owned_by_the_first(learner)  # fewer where a part is shared: then the second task owns it as well
-    assert not differing({n: before[n] for n in after}, after)
 
 
 def _owned_by_the_first(learner):
@@ -269,29 +158,6 @@ def test_state_keys_of_owned_parts_hold_the_task_id(name):
         assert keys, part.name
         if len(part.tasks) == 1:
             assert all(f".tasks.{part.tasks[0]}." in key for key in keys)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(name):
-    config = config_of(name)
-    state = torch.get_rng_state()
-    torch.manual_seed(5)  # must not matter
-    again = learnt(config, digits())
-    torch.set_rng_state(state)
-    assert not differing(ready(name).state_dict(), again.state_dict())
-    other = learnt(config, digits(), seed=1)
-    images = images_of(digits())
-    differs = not torch.equal(answers(other, images), answers(again, images))
-    assert differs == registry.strategies.get(name).draws
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_bounds_of_a_task_draw_nothing_from_the_global_generator(name):
-    learner, task = built(config_of(name), digits()), tasks_of(name)[0]
-    state = torch.get_rng_state()
-    learner.begin_task(task, 1)
-    learner.end_task(task)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -369,21 +235,6 @@ def test_each_task_has_an_optimizer_of_its_own_over_what_it_trains_and_nothing_e
 
 
 @pytest.mark.parametrize("name", GRADIENT)
-def test_every_loss_term_of_a_strategy_changes_a_gradient(name):
-    learner = begun(config_of(name), digits(), 1)
-    trained = [p for p in learner.parameters() if p.requires_grad]
-    draw = torch.Generator().manual_seed(0)
-    for parameter in trained:  # what protects pulls nowhere as long as nothing has moved
-        parameter.data.add_(0.01 * torch.randn(parameter.shape, generator=draw))
-    _, terms = first_step(learner, digits().tasks[1])
-    assert terms
-    for term, value in terms.items():
-        assert value.dim() == 0 and torch.isfinite(value)
-        gradients = torch.autograd.grad(value, trained, allow_unused=True, retain_graph=True)
-        assert any(g is not None and bool(g.any()) for g in gradients), term
-
-
-@pytest.mark.parametrize("name", GRADIENT)
 def test_the_loss_is_the_sum_of_the_terms_and_all_that_is_trained_moves(name):
     learner = begun(config_of(name), digits(), 0)
     task, seen = digits().tasks[0], []
@@ -396,42 +247,6 @@ def test_the_loss_is_the_sum_of_the_terms_and_all_that_is_trained_moves(name):
     del learner.composition.losses
     assert all(p.grad is not None for p in learner.parameters() if p.requires_grad)
     assert all(p.grad is None for p in learner.parameters() if not p.requires_grad)
-
-
-@pytest.mark.parametrize("name", GRADIENT)
-def test_training_lowers_the_loss_on_its_own_batch(name):
-    rule = {"name": "adam", "lr": 0.003, "lr_per_256": None, "schedule": "constant"}
-    config, task = config_of(name, optimizer=rule), tasks_of(name)[0]
-    losses = []
-
-    class Note(L.Callback):
-        def on_before_backward(self, trainer, learner, loss):  # what protects comes later, and on other images
-            own = [value for term, value in learner.terms.items() if term not in learner.composition.stability]
-            losses.append(float(sum(own)))
-
-    learner = built(config, digits())
-    fit(learner, config, task, Note(), epochs=6)
-    steps = len(losses) // 6
-    assert sum(losses[-steps:]) < sum(losses[:steps])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_task_of_one_class_and_a_task_of_one_batch_work(name):
-    first, second = digits().tasks
-    narrow = one_class(first, first.classes[0])
-    rows = torch.cat([(second.train.labels == c).nonzero()[:2, 0] for c in second.classes])
-    short = dataclasses.replace(second, train=second.train.select(rows))
-    stream = dataclasses.replace(digits(), tasks=(narrow, short))
-    learner = built(config_of(name), stream)
-    learn(learner, config_of(name), [narrow])
-    alone = answers(learner, images_of(digits()))
-    assert alone.shape == (24, 1)
-    assert count_correct(learner, [narrow]).correct["cil"] == [len(narrow.test)]
-    learn(learner, config_of(name), [short])
-    logits = answers(learner, images_of(digits()))
-    assert logits.shape == (24, 3)
-    assert bool(torch.isfinite(logits).all())
-    assert all(bool(torch.isfinite(t).all()) for t in learner.state_dict().values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -454,30 +269,6 @@ def test_classes_that_come_back_and_known_tasks_work(name, setting):
     counts = count_correct(learner, stream.tasks)
     assert counts.total == [len(task.test) for task in stream.tasks]
     assert learner.seen_classes() == sorted({c for task in stream.tasks for c in task.classes})
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_trains_and_answers_with_finite_numbers(name):
-    config = config_of(name, trainer={"precision": "bf16-mixed"})
-    learner = built(config, digits())
-    losses = []
-
-    class Note(L.Callback):
-        def on_train_batch_end(self, trainer, learner, outputs, batch, batch_idx):
-            losses.append(outputs["loss"])
-
-    learn(learner, config, tasks_of(name), Note())
-    assert all(loss.dtype == torch.float32 and bool(torch.isfinite(loss)) for loss in losses)
-    logits = answers(learner, images_of(digits()))
-    assert logits.dtype == torch.float32
-    assert bool(torch.isfinite(logits).all())
-    assert all(t.dtype not in (torch.bfloat16, torch.float16) for t in learner.state_dict().values())
-    learner.trainer = trainer_for(config_of(name))
-    learner.cache.forget(0)
-    full = answers(learner, images_of(digits()))
-    scale = 0.1 * float(full.amax(1).abs().max())
-    near = torch.isclose(logits, full, rtol=0.05, atol=scale).all(dim=1)
-    assert near.float().mean() >= 0.9  # half precision may tip the hard choice of an image that stands between two
 
 
 # -- the learner itself ---------------------------------------------------------------------------------------------

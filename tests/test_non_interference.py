@@ -30,7 +30,7 @@ def every_step(folder, updates, name="every_step", stream=None, **settings):
     return evaluation
 
 
-def train(learner, config, evaluation=None, watchers=(), epochs=3, phases=None):
+def train(learner, config, evaluation=None, watchers=(), epochs=2, phases=None):
     """Both tasks the way a run does it; a fingerprint after each."""
     prints, trained = [], 0
     watching = [evaluation] if evaluation is not None else []
@@ -60,7 +60,7 @@ def test_every_step_and_off_end_with_the_same_bytes_for_every_strategy(name, tmp
     updates = [0] * len(digits().tasks)
     for number, phase in enumerate(arranged):
         size = composition.training_size([before.task for before in arranged[: number + 1]])
-        updates[phase.position] = 3 * -(-size // 8)
+        updates[phase.position] = 2 * -(-size // 8)
     evaluation = every_step(tmp_path, updates)
     learner = built(config, digits())
     watched = train(learner, config, evaluation)

@@ -98,7 +98,7 @@ def test_runs_in_processes_of_their_own_come_into_the_same_table(capfd):
 
 def test_settings_of_single_strategies_reach_those_that_are_chosen():
     grid = ["experiment=smoke_grid"]
-    assert compose([*grid, "strategy=[gdumb]"])["strategy"]["gdumb"]["passes"] == 8
+    assert compose([*grid, "strategy=[gdumb]"])["strategy"]["gdumb"]["passes"] == 4
     assert compose([*grid, "strategy=[gdumb]", "strategy.gdumb.passes=4"])["strategy"]["gdumb"]["passes"] == 4
     assert "for_strategy" not in compose(grid) and set(compose([*grid, "strategy=er"])["strategy"]) == {"er"}
     words = ["strategy=[derpp]", "+for_strategy.derpp.buffer.size=500", "+for_strategy.er.weight=2"]

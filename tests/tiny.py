@@ -28,7 +28,10 @@ SMALL = (
 )  # fmt: skip
 WIDTH, SIDE = 32, 16
 # recommended values do not fit so small a trunk, or cost too much
-SHAPED = {"num_components": 12, "projections": 64, "rows": "current_only", "steps": 3, "passes": 2}
+SHAPED = {
+    "num_components": 12, "projections": 64, "rows": "current_only", "steps": 3, "passes": 2,
+    "layers": [0, 1, 2], "g_layers": [0], "e_layers": [1, 2],
+}  # fmt: skip
 
 
 @functools.cache
@@ -62,9 +65,9 @@ def digits(num_tasks: int = 2, setting: str = "class") -> Stream:
 
 
 def tiny_vit(**changes: object) -> PromptedViT:
-    """Five blocks of width 32 with random weights, in eval mode; 5 tokens at 16 pixels."""
+    """Three blocks of width 32 with random weights, in eval mode; 5 tokens at 16 pixels."""
     with seeded_globals(0, RUN_LEVEL, "tiny"):
-        model = nano_model(SIDE, **{"embed_dim": WIDTH, "depth": 5, "num_heads": 2, **changes})
+        model = nano_model(SIDE, **{"embed_dim": WIDTH, "depth": 3, "num_heads": 2, **changes})
         for parameter in model.parameters():  # zero biases and tiny tokens would hide an error
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     return PromptedViT(model.eval(), SIDE)

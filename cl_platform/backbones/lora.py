@@ -146,7 +146,7 @@ def low_rank(x: Tensor, down: Tensor, ups: Sequence[Tensor], scale: float, rows:
         return [F.linear(part, up) for part, up in zip(low.split(ranks, dim=2), ups, strict=True)]
     numbers = rows.shape[1] * (down[0].numel() + sum(up[0].numel() for up in ups))
     size = max(1, GATHER_BYTES // (numbers * down.element_size()))
-    if len(x) > size:
+    if not torch.compiler.is_exporting() and len(x) > size:
         pieces = [low_rank(a, down, ups, scale, b) for a, b in zip(x.split(size), rows.split(size), strict=True)]
         return [torch.cat(column) for column in zip(*pieces, strict=True)]
     k = rows.shape[1]

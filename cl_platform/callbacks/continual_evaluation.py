@@ -161,7 +161,7 @@ class ContinualEvaluation(L.Callback):
 
     def state(self) -> dict[str, Any]:
         """What :meth:`reopen` needs beside the file, as plain JSON."""
-        grid = self._grid.to_dict() if self._grid is not None else None
+        grid = self._grid.to_dict() if self._grid is not None else self._grid_state  # none has begun a task since
         return {
             "images": self.images,
             "plan": self._plan,

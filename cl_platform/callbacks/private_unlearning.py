@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import lightning as L
 
 from cl_platform.errors import UserError
+from cl_platform.unlearning import answers
 from cl_platform.unlearning.engine import Site, Wish, forget, settle
 from cl_platform.unlearning.lineage import WriteCheck
 from cl_platform.unlearning.sequence import Instructions, Stage, refuse_unable
 
 if TYPE_CHECKING:
+    from cl_platform.metrics import Cell
     from cl_platform.scenarios import Stream, Task
     from cl_platform.unlearning.config import UnlearningConfig
     from cl_platform.unlearning.forgotten import Record
@@ -26,6 +28,12 @@ class RunSite(Site, Protocol):
 
     def look_again(self) -> None:
         """Evaluate the newest task's row anew, and save."""
+
+    def answers(self, anew: bool) -> dict[str, dict[int, Cell]]:
+        """Right answers by prediction space, counted anew or those of the newest task's row."""
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the run folder."""
 
 
 class PrivateUnlearning(L.Callback):
@@ -41,6 +49,7 @@ class PrivateUnlearning(L.Callback):
             checkpoint.
         lineage: ``verified`` as long as no task has written outside what lists it as an owner, then ``violated``.
         stages_done: stages of the sequence that are behind the run.
+        answered: after each of them, what the test images of the tasks held then were answered.
 
     Raises:
         UserError: a request that could never be carried out.
@@ -51,6 +60,7 @@ class PrivateUnlearning(L.Callback):
         self.replaced = False
         self.lineage = "verified"
         self.stages_done = 0
+        self.answered: list[dict[str, Any]] = []
         self._writes = WriteCheck()
         check_requests(config, site.stream, site.record)
         if instructions is not None:
@@ -67,11 +77,12 @@ class PrivateUnlearning(L.Callback):
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as plain JSON."""
-        return {"lineage": self.lineage, "stages_done": self.stages_done}
+        return {"lineage": self.lineage, "stages_done": self.stages_done, "answered": self.answered}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state` gave."""
         self.lineage, self.stages_done = state["lineage"], state["stages_done"]
+        self.answered = list(state.get("answered", ()))
 
     def learnt(self, task: Task) -> None:
         """Hold what changed while a task was learnt against the owner records."""
@@ -95,21 +106,43 @@ class PrivateUnlearning(L.Callback):
             self.replaced = forget(self._site, wish)
             if self.replaced:
                 return
+        if self._instructions is not None:
+            self._note(self._last(self._instructions))
         for number, stage in self._stages():
             self.stages_done = number
             if stage.kind == "promote":
                 self._site.learner.composition.promote(stage.task_id)
                 self._site.look_again()
             elif stage.kind == "forget":
-                forget(self._site, Wish(stage.task_id, "drop", "sequence", key="unlearning.sequence"))
+                key, purge = "unlearning.sequence", self._config.purge_data_cache
+                wish = Wish(stage.task_id, "drop", "sequence", purge_data_cache=purge, key=key, method_key=key)
+                forget(self._site, wish)
+            self._note(stage)
+
+    def _newest(self, instructions: Instructions) -> Stage:
+        """The stage that learnt the newest task."""
+        newest = self._site.stream.tasks[self._site.passed - 1].task_id
+        return next(stage for stage in instructions if stage.kind == "learn" and stage.task_id == newest)
+
+    def _last(self, instructions: Instructions) -> Stage:
+        """The stage that is behind the run: that of the newest task, or one obeyed since, before an interruption."""
+        return list(instructions)[max(self._newest(instructions).token, self.stages_done) - 1]
+
+    def _note(self, stage: Stage) -> None:
+        """Write down what is answered after a stage, and the averages over all stages so far."""
+        told = answers.read(self._site.path)
+        if any(entry["token"] == stage.token for entry in (*self.answered, *told)):
+            self.answered = max(self.answered, told, key=len)
+            return  # before the run was interrupted, or had ended
+        self.answered.append(answers.entry(stage, self._site.answers(anew=stage.kind == "forget")))
+        self._site.write(answers.FILE, answers.to_text(self.answered))
 
     def _stages(self) -> Iterator[tuple[int, Stage]]:
         """Stages from the newest task's own to the next one that learns, with their numbers, as far as not done yet."""
         if self._instructions is None:
             return
-        newest = self._site.stream.tasks[self._site.passed - 1].task_id
         stages = list(self._instructions)
-        place = next(i for i, s in enumerate(stages) if s.kind == "learn" and s.task_id == newest)
+        place = stages.index(self._newest(self._instructions))
         if self.stages_done <= place:
             self.stages_done = place + 1
         for number in range(place + 1, len(stages)):
@@ -128,9 +161,12 @@ def due(config: UnlearningConfig, site: Site) -> list[Wish]:
     found = []
     for number, request in enumerate(config.requests):
         if request.forget not in site.record.ids and place[request.after_task] <= here:
-            key = f"unlearning.requests[{number}].forget"
-            method = request.method or config.method
-            found.append(Wish(request.forget, method, "in_stream", config.accept, config.purge_data_cache, key))
+            at = f"unlearning.requests[{number}]"
+            method, key = request.method, f"{at}.method"
+            if method is None:
+                method, key = config.method, "unlearning.method"
+            accept, purge = config.accept, config.purge_data_cache
+            found.append(Wish(request.forget, method, "in_stream", accept, purge, f"{at}.forget", key))
     return found
 
 

@@ -70,7 +70,7 @@ class StabilityBoard:
 
     def finish(self, config: Mapping[str, Any], metrics: Mapping[str, Any], cost: Mapping[str, Any]) -> None:
         """Metrics with their definitions as a card, and the final ones beside the configuration."""
-        from cl_platform.report.words import definition
+        from cl_platform.metrics.built_in import definition
 
         known = [(key, definition(key), value) for key, value in metrics.items() if isinstance(value, Mapping)]
         lines = [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_platform import plugins
 from cl_platform.errors import UserError, nearest, unknown_name
 
 LISTS = ("strategy", "logger")
@@ -22,13 +23,33 @@ def config_folder() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Configuration groups and their choices."""
+    """Configuration groups and their choices, those of loaded plug-ins included."""
     root = config_folder()
     return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        folder.name: sorted({*(file.stem for file in folder.glob("*.yaml")), *plugins.choices(folder.name)})
         for folder in sorted(root.iterdir())
         if folder.is_dir()
     }
+
+
+def choice_values(group: str, choice: str) -> dict[str, Any]:
+    """Keys and values of a choice, as its file or its plug-in has them."""
+    import yaml
+
+    brought = plugins.choices(group)
+    if choice in brought:
+        return dict(brought[choice])
+    return yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text(encoding="utf-8")) or {}
+
+
+def load_plugins(words: Sequence[str]) -> None:
+    """Load installed plug-ins and those that ``plugins=`` names.
+
+    Raises:
+        UserError: a named one cannot be loaded.
+    """
+    plugins.load_installed()
+    plugins.load(plugins.named_in(words))
 
 
 def check_choices(overrides: Sequence[str]) -> None:
@@ -114,7 +135,7 @@ def _unknown_key(key: str, overrides: Sequence[str], known_keys: Sequence[str]) 
     group, _, rest = key.partition(".")
     choice = rest.partition(".")[0]
     if group in LISTS:
-        if members := _members(group, choice):
+        if members := members_of(group, choice):
             inner = [f"{group}.{member}.{rest.partition('.')[2]}" for member in members]
             meant = next((k for k in inner if k in known_keys), None)
             todo = f"Did you mean {meant}" if meant else f"Set keys of {' or '.join(members)}"
@@ -130,26 +151,14 @@ def _unknown_key(key: str, overrides: Sequence[str], known_keys: Sequence[str]) 
     return UserError(key, given, "unknown key", f"Did you mean {near[0]}" if near else "See python train.py --help")
 
 
-def _members(group: str, choice: str) -> list[str]:
+def members_of(group: str, choice: str) -> list[str]:
     """The choices for which ``choice`` is another name, in order; none where it is one itself."""
-    import yaml
-
-    if choice not in groups()[group]:
-        return []
-    values = yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text(encoding="utf-8"))
-    return list(values.get("defaults", ()))
+    return list(choice_values(group, choice).get("defaults", ())) if choice in groups()[group] else []
 
 
 def _choices_with(group: str, key: str) -> list[str]:
     """Choices of a group whose files hold a key."""
-    import yaml
-
-    found = []
-    for choice in groups().get(group, []):
-        values = yaml.safe_load((config_folder() / group / f"{choice}.yaml").read_text(encoding="utf-8"))
-        if key in flat_keys(values):
-            found.append(choice)
-    return found
+    return [choice for choice in groups().get(group, []) if key in flat_keys(choice_values(group, choice))]
 
 
 def flat_keys(values: Any, prefix: str = "") -> list[str]:
@@ -184,7 +193,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved configuration for some overrides, as plain Python values.
 
     Raises:
-        UserError: an unknown choice or key.
+        UserError: an unknown choice or key, or a plug-in that cannot be loaded.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -192,6 +201,7 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    load_plugins(overrides)
     check_choices(overrides)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
@@ -211,19 +221,17 @@ def settled(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a name that no strategy has.
     """
-    import yaml
-
     wishes, chosen = raw.get("for_strategy") or {}, raw.get("strategy")
     rest = {key: value for key, value in raw.items() if key != "for_strategy"}
+    if isinstance(rest.get("plugins"), (str, list)):
+        rest["plugins"] = plugins.absolute(rest["plugins"])
     if not isinstance(wishes, dict):
         raise UserError("for_strategy", wishes, "must be a group of keys", "Write for_strategy.NAME.KEY=VALUE")
     for name, keys in wishes.items():
         if name not in groups()["strategy"]:
             raise unknown_name("for_strategy", name, groups()["strategy"])
         if isinstance(chosen, dict) and isinstance(chosen.get(name), dict):
-            file = config_folder() / "strategy" / f"{name}.yaml"
-            defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
-            chosen = {**chosen, name: _unless_changed(chosen[name], defaults or {}, keys)}
+            chosen = {**chosen, name: _unless_changed(chosen[name], choice_values("strategy", name), keys)}
     return {**rest, "strategy": chosen} if "strategy" in raw else rest
 
 

@@ -17,3 +17,12 @@ def print_log(level: int = logging.INFO) -> None:
     handler.setLevel(level)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
+
+
+def warn_of_broken_plugins() -> None:
+    """A line on standard error for each installed plug-in that cannot be used."""
+    from cl_platform import plugins
+
+    for plugin in plugins.load_installed():
+        if plugin.problem is not None:
+            print(f"warning: {plugin.line}", file=sys.stderr)

@@ -18,12 +18,13 @@ from cl_platform.cli.compose import (
     explain,
     flat_keys,
     groups,
+    load_plugins,
     settled,
     sweep_runs,
 )
 from cl_platform.cli.failures import our_fault, refused
 from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
-from cl_platform.cli.talk import print_log
+from cl_platform.cli.talk import print_log, warn_of_broken_plugins
 from cl_platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def train(arguments: Sequence[str]) -> int:
         arguments = with_experiment(arguments)
         overrides = [a for a in arguments if not a.startswith("-")]
         _check_flags(arguments)
+        warn_of_broken_plugins()
+        load_plugins(overrides)
         check_choices(overrides)
         return _with_hydra(list(arguments), overrides)
     except UserError as error:
@@ -175,7 +178,7 @@ def _one_run(raw: Any, arguments: Sequence[str]) -> int:
     except Interrupted as stop:
         print(f"stopped; to go on after the last finished task: {_again(arguments, stop)}", file=sys.stderr)
         return stop.exit_code
-    _print_table(result)
+    print_table(result)
     return 0
 
 
@@ -228,7 +231,8 @@ def _print_sweep(outcomes: Sequence[Outcome]) -> None:
             console.print(outcome.line, markup=False, soft_wrap=True)
 
 
-def _print_table(result: RunResult) -> None:
+def print_table(result: RunResult) -> None:
+    """Print what a finished run reached and cost."""
     from rich.console import Console
     from rich.table import Table
 

@@ -24,7 +24,9 @@ Task = Annotated[
 Method = Annotated[str, typer.Option("--method", help="auto, drop, rollback or approximate:NAME.")]
 Accept = Annotated[str, typer.Option("--accept", help="E-law: auto may take a cheaper way of equal distribution.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before relearning.")]
-Cache = Annotated[bool, typer.Option("--purge-data-cache", help="Also delete the decoded images outside the run.")]
+Cache = Annotated[
+    bool, typer.Option("--purge-data-cache", help="Also delete the run's data set from the cache of decoded images.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

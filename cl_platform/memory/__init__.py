@@ -2,13 +2,12 @@
 
 from cl_platform.memory.adapters import AvalanchePolicy
 from cl_platform.memory.buffer import ReplayBuffer
-from cl_platform.memory.build import POLICIES, BufferConfig, build_buffer, build_policy
+from cl_platform.memory.build import BufferConfig, build_buffer, build_policy
 from cl_platform.memory.columns import Replay, bytes_per_slot, slots_for_bytes
 from cl_platform.memory.policies import Contents, Decision, Offers, Policy
 from cl_platform.memory.samplers import SAMPLERS
 
 __all__ = [
-    "POLICIES",
     "SAMPLERS",
     "AvalanchePolicy",
     "BufferConfig",

@@ -31,14 +31,17 @@ class ReplayBuffer(HostState):
     Args:
         policy: decides which offers stay; its capacity is the buffer's.
         num_columns: width C of stored logits, where the first ones are narrower than later ones.
+        least: slots of a stored buffer that may be loaded; one with fewer than ``capacity`` gets empty ones behind its
+            own. ``None``: as many as there are.
     """
 
     images: Tensor | None
 
-    def __init__(self, policy: Policy, num_columns: int | None = None) -> None:
+    def __init__(self, policy: Policy, num_columns: int | None = None, least: int | None = None) -> None:
         super().__init__()
         self.policy = policy
         self.num_logits = num_columns
+        self._least = policy.capacity if least is None else least
         self.filled = 0
         for name in COLUMNS:
             self.register_buffer(name, None)
@@ -288,14 +291,27 @@ class ReplayBuffer(HostState):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         shapes = {n: tuple(state_dict[prefix + n].shape) for n in COLUMNS if prefix + n in state_dict}
-        for shape in shapes.values():
-            if shape[0] != self.capacity:
+        for name, shape in shapes.items():
+            if self._least <= shape[0] <= self.capacity:
+                wide = self.num_logits or 0 if name == "logits" else 0
+                shapes[name] = (self.capacity, *(max(size, wide) for size in shape[1:]))
+                state_dict[prefix + name] = _filled_up(state_dict[prefix + name], shapes[name])
+            else:
                 allowed = f"the stored buffer has {shape[0]} slots"
                 raise UserError("buffer.size", self.capacity, allowed, f"Set buffer.size={shape[0]} or start anew")
         self._register(shapes)
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, mirror in self._mirrors.items():
             mirror[:] = state_dict[prefix + name].cpu().numpy()
+
+
+def _filled_up(column: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A stored column with zeros behind its rows, and behind the entries of each row, up to ``shape``."""
+    if tuple(column.shape) == shape:
+        return column
+    wider = column.new_zeros(shape)
+    wider[tuple(slice(size) for size in column.shape)] = column
+    return wider
 
 
 def _rows(tensor: Tensor, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cl_platform.config import setting
-from cl_platform.errors import UserError, unknown_name
+from cl_platform.errors import UserError
 from cl_platform.memory.adapters import AvalanchePolicy, avalanche_storage
 from cl_platform.memory.balanced import ClassBalanced, Greedy, ReservoirBalanced
 from cl_platform.memory.buffer import ReplayBuffer
@@ -14,18 +14,17 @@ from cl_platform.memory.columns import slots_for_bytes
 from cl_platform.memory.herding import Herding
 from cl_platform.memory.policies import Policy, Reservoir, Ring
 from cl_platform.random_streams import RUN_LEVEL, stream_seed
+from cl_platform.registry import buffer_policies
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy
-    for policy in (Reservoir, ClassBalanced, ReservoirBalanced, Ring, Herding, Greedy, AvalanchePolicy)
-}
+for _policy in (Reservoir, ClassBalanced, ReservoirBalanced, Ring, Herding, Greedy, AvalanchePolicy):
+    buffer_policies.register(_policy.name)(_policy)
 
 
 @dataclass(frozen=True)
 class BufferConfig:
     """Keys of a buffer, below the strategy that has it."""
 
-    policy: str = setting("reservoir", choices=tuple(POLICIES), doc="which examples stay")
+    policy: str = setting("reservoir", choices=buffer_policies.names, doc="which examples stay")
     size: int = setting(200, min=1, doc="examples")
     bytes: int | None = setting(None, min=1, doc="room in bytes instead of size")
     per_task: int | None = setting(
@@ -44,7 +43,12 @@ class BufferConfig:
 
 
 def build_policy(
-    config: BufferConfig, capacity: int, seed: int, task_id: int = RUN_LEVEL, num_tasks: int | None = None
+    config: BufferConfig,
+    capacity: int,
+    seed: int,
+    task_id: int = RUN_LEVEL,
+    num_tasks: int | None = None,
+    total_tasks: int | None = None,
 ) -> Policy:
     """The policy that ``config`` names.
 
@@ -54,6 +58,7 @@ def build_policy(
         seed: the run's seed; draws are from the stream ``buffer.insert``.
         task_id: the task that the buffer belongs to, if it is one task's alone.
         num_tasks: tasks of the stream, for a ring without ``per_task``.
+        total_tasks: with the tasks that were added to the stream later: a ring gets slots of their own for them.
 
     Raises:
         UserError: an unknown policy, or keys that it cannot work with.
@@ -73,7 +78,8 @@ def build_policy(
     if config.policy == AvalanchePolicy.name:
         return AvalanchePolicy(avalanche_storage(config.avalanche, capacity), seed)
     if config.policy != Ring.name:
-        raise unknown_name("buffer.policy", config.policy, POLICIES)
+        made: Policy = buffer_policies.get(config.policy)(capacity, draws)  # a plug-in's
+        return made
     per_task = config.per_task if config.per_task is not None else capacity // num_tasks if num_tasks else None
     if per_task is None:
         allowed = "is needed where the number of tasks is not known"
@@ -81,6 +87,8 @@ def build_policy(
     if num_tasks and 1 <= per_task <= capacity < per_task * num_tasks:
         allowed = f"{num_tasks} tasks need {per_task * num_tasks} slots, and the buffer has {capacity}"
         raise UserError("buffer.per_task", per_task, allowed, "Lower it, or raise buffer.size")
+    if num_tasks and total_tasks and total_tasks > num_tasks:
+        capacity = max(capacity, per_task * total_tasks)
     return Ring(capacity, per_task)
 
 
@@ -91,6 +99,7 @@ def build_buffer(
     num_columns: int | None = None,
     num_tasks: int | None = None,
     task_id: int = RUN_LEVEL,
+    total_tasks: int | None = None,
 ) -> ReplayBuffer:
     """An empty buffer of ``config.size`` examples, or of as many as fit into ``config.bytes``.
 
@@ -101,9 +110,11 @@ def build_buffer(
         num_columns: width of the logits to come, if they are stored.
         num_tasks: tasks of the stream.
         task_id: the task that the buffer belongs to, if it is one task's alone.
+        total_tasks: with the tasks that were added to the stream later.
     """
     capacity = config.size
     if config.bytes is not None:
-        keyed = POLICIES[config.policy].keyed
+        keyed = buffer_policies.get(config.policy).keyed
         capacity = slots_for_bytes(config.bytes, image_shape, keyed, num_columns)
-    return ReplayBuffer(build_policy(config, capacity, seed, task_id, num_tasks), num_columns)
+    policy = build_policy(config, capacity, seed, task_id, num_tasks, total_tasks)
+    return ReplayBuffer(policy, num_columns, least=capacity)

@@ -162,6 +162,13 @@ class AccuracyMatrix:
         ids = [self.task_ids[place] for place in keep]
         return replace(self, task_ids=ids, rows=narrow, init=init)
 
+    def behind(self, task_ids: Sequence[int]) -> AccuracyMatrix:
+        """The matrix with further tasks behind its own, none of which was evaluated yet."""
+        new = [task_id for task_id in task_ids if task_id not in self.task_ids]
+        wide = [[*row, *([None] * len(new))] for row in self.rows]
+        init = None if self.init is None else [*self.init, *([None] * len(new))]
+        return replace(self, task_ids=[*self.task_ids, *new], rows=wide, init=init)
+
     def to_csv(self) -> str:
         """The accuracies as CSV text: a line per row, ``init`` first if known, exact decimals, else ``NaN``."""
         lines = [",".join(["after_task", *(f"task_{task_id}" for task_id in self.task_ids)])]

@@ -36,6 +36,8 @@ REASONS = frozenset(
         "joint_trains_once",
         "starts_afresh",
         "tasks_share_classes",
+        "no_value",
+        "failed",
     }
 )
 """Why a metric has no value."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cl_platform.metrics.built_in import definition as published
 from cl_platform.metrics.definitions import Definition
 from cl_platform.metrics.efficiency import EFFICIENCY_DEFINITIONS
 from cl_platform.metrics.matrix import REASONS, Undefined
@@ -84,7 +85,7 @@ def gather(groups: Sequence[Group]) -> Numbers:
 def definition(key: str) -> Definition | None:
     """The definition of a metric or a cost, with or without its space's suffix."""
     name, _, space = key.rpartition("_")
-    return _COSTS.get(key) or words.definition(key) or (words.definition(name) if space in words.SPACES else None)
+    return _COSTS.get(key) or published(key) or (published(name) if space in words.SPACES else None)
 
 
 def direction(key: str) -> str | None:

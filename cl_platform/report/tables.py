@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cl_platform.metrics.built_in import definition
 from cl_platform.metrics.continual_log import Curves
 from cl_platform.metrics.continual_results import continual_entries
 from cl_platform.metrics.efficiency import EFFICIENCY_DEFINITIONS
@@ -74,7 +75,8 @@ def metric_rows(view: RunView) -> tuple[list[str], list[Row]]:
     rows = []
     for name in names:
         values = {space: _shown(name, known.get(f"{name}_{space}")) for space in spaces}
-        rows.append(_row(name, name, values))
+        said = next((str(known[key].get("text") or "") for key in known if key.startswith(f"{name}_")), "")
+        rows.append(_row(name, name, values, said))
     return spaces, sorted(rows, key=lambda row: _number_of(row.id))
 
 
@@ -167,9 +169,9 @@ def cost_rows(view: RunView) -> list[tuple[str, str, str, Any]]:
     order = list(defined)
     rows = []
     for key, value in view.cost.items():
-        definition = defined.get(key)
-        unit = definition.unit if definition else "bytes" if key.endswith("bytes") else ""
-        made = (definition.id, definition.text) if definition else ("", _PLAIN_COSTS.get(key, ""))
+        own = defined.get(key)
+        unit = own.unit if own else "bytes" if key.endswith("bytes") else ""
+        made = (own.id, own.text) if own else ("", _PLAIN_COSTS.get(key, ""))
         rows.append((made[0], key, made[1], _cost(value, unit)))
     return sorted(rows, key=lambda row: order.index(row[1]) if row[1] in order else len(order))
 
@@ -235,12 +237,12 @@ def _shown(key: str, entry: Any, spelled: bool = False) -> Shown:
     return Shown(words.with_unit(value, key, unit) if spelled else words.number(value, key, unit))
 
 
-def _row(key: str, label: str, values: dict[str, Shown]) -> Row:
-    known = words.definition(key)
+def _row(key: str, label: str, values: dict[str, Shown], said: str = "") -> Row:
+    """A metric's row; ``said`` is what an entry without a published definition says about itself."""
+    known = definition(key)
     better = {"up": "higher is better", "down": "lower is better"}[known.better] if known else ""
-    return Row(
-        key, label, known.id if known else "", known.text if known else "no published definition", better, values
-    )
+    text = known.text if known else said or "no published definition"
+    return Row(key, label, known.id if known else "", text, better, values)
 
 
 def _space_of(key: str, entry: Any) -> str | None:

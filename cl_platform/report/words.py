@@ -5,13 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cl_platform.metrics.calibration import CALIBRATION_DEFINITIONS
-from cl_platform.metrics.confusion import CONFUSION_DEFINITIONS
-from cl_platform.metrics.continual_results import definition_of
-from cl_platform.metrics.definitions import BY_KEY, Definition
-from cl_platform.metrics.flips import FLIP_DEFINITIONS
-from cl_platform.metrics.representation import REPRESENTATION_DEFINITIONS
-
 SPACES = {
     "cil": "class-incremental: answered among all classes seen so far",
     "til": "task-incremental: answered among the classes of the image's own task",
@@ -33,6 +26,8 @@ REASONS = {
     "censored": "fewer than half of the gaps recovered while they were watched",
     "zero_norm": "a gradient is zero, so there is no angle",
     "zero_variance": "the values do not vary",
+    "no_value": "the plug-in gives it no value here",
+    "failed": "the plug-in that computes it failed, see run.log",
     "too_few_samples": "too few images",
     "no_counter": "this machine has no counter for it",
     "not_permitted": "this machine does not let it be read",
@@ -42,12 +37,6 @@ REASONS = {
     "tasks_share_classes": "tasks share their classes, so an answer does not say which task it took",
 }
 """Why a metric has no value, in words; the keys are the closed set of ``metrics.json``."""
-
-DIAGNOSTICS: dict[str, Definition] = {
-    made.key: made
-    for made in (*FLIP_DEFINITIONS, *CALIBRATION_DEFINITIONS, *REPRESENTATION_DEFINITIONS, *CONFUSION_DEFINITIONS)
-}
-"""Definitions of the diagnostics that ``metrics.json`` may hold."""
 
 LABELS = {
     "acc": "final average accuracy",
@@ -71,20 +60,6 @@ DIFFERENCES = frozenset(
     }
 )  # fmt: skip
 """Metrics that are differences of accuracies, written in points."""
-
-
-def definition(key: str) -> Definition | None:
-    """The published definition of a key without its space's suffix; ``None`` for a key nobody defined."""
-    known = BY_KEY.get(key) or definition_of(key) or DIAGNOSTICS.get(key)
-    parameter = key.rpartition("_")[2]
-    if known is not None and known.key != key and parameter.isdigit():
-        name = "B" if known.key == "lca" else "D"
-        return Definition(
-            known.id, key, f"{known.text[:-1]}, {name}\u00a0=\u00a0{parameter}.", known.unit, known.better
-        )
-    if known is None and key == "acc_curve":
-        return Definition("1.1", key, "Mean accuracy over the tasks seen (1.1) at every task end.", "fraction", "up")
-    return known
 
 
 def reason(entry: Mapping[str, Any] | None) -> str:

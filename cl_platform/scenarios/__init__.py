@@ -2,6 +2,7 @@
 
 from cl_platform.scenarios.build import build_stream, stream_from_datasets
 from cl_platform.scenarios.config import DataConfig, ScenarioConfig, TransformConfig
+from cl_platform.scenarios.extended import Extension, build_extended
 from cl_platform.scenarios.hidden import StreamLoader, as_told
 from cl_platform.scenarios.image_set import ImageSet
 from cl_platform.scenarios.loader import TaskLoader
@@ -10,6 +11,7 @@ from cl_platform.scenarios.transforms import Transforms
 
 __all__ = [
     "DataConfig",
+    "Extension",
     "ImageSet",
     "ScenarioConfig",
     "Stream",
@@ -19,6 +21,7 @@ __all__ = [
     "TransformConfig",
     "Transforms",
     "as_told",
+    "build_extended",
     "build_stream",
     "stream_from_datasets",
 ]

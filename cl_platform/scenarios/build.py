@@ -16,28 +16,37 @@ from cl_platform.scenarios import sources
 from cl_platform.scenarios.config import DataConfig, ScenarioConfig
 from cl_platform.scenarios.datasets import arrays_of
 from cl_platform.scenarios.domains import Permutation, Rotation
+from cl_platform.scenarios.given import as_configured, is_given
 from cl_platform.scenarios.image_set import DomainTransform, image_set
 from cl_platform.scenarios.sources import Source, in_memory
 from cl_platform.scenarios.splits import RowPicker, class_chunks, class_order, hold_out, kept_tasks
-from cl_platform.scenarios.stream import Stream, Task, refuse_empty, stream_digest
+from cl_platform.scenarios.stream import Recipe, Stream, Task, refuse_empty, stream_digest
+
+PLACE = "place "
+"""Beginning of the name of a class that is a place within its task."""
 
 
-def build_stream(scenario: ScenarioConfig, data: DataConfig, seed: int) -> Stream:
+def build_stream(scenario: ScenarioConfig, data: DataConfig, seed: int, given: Stream | None = None) -> Stream:
     """The stream of a scenario.
 
     Args:
         scenario: keys below ``scenario``.
         data: keys below ``data``.
         seed: the run's seed; keys seeded subsets, validation draws and pixel permutations, but not the class order.
+        given: the stream itself, where it was given from Python.
 
     Raises:
         UserError: an unknown scenario, data that cannot be had or read, or classes that do not divide into tasks.
     """
+    if given is not None or is_given(scenario.kind):
+        return as_configured(given, scenario)
     if scenario.kind not in scenarios:
         raise unknown_name("scenario", scenario.kind, scenarios.names())
     builder: Callable[[ScenarioConfig, DataConfig, int], Stream] = scenarios.get(scenario.kind)
     left_out = tuple(sorted(set(scenario.skip_tasks)))
-    return replace(builder(scenario, data, seed), hidden=scenario.boundaries == "hidden", left_out=left_out)
+    stream = replace(builder(scenario, data, seed), hidden=scenario.boundaries == "hidden", left_out=left_out)
+    object.__setattr__(stream, "recipe", Recipe(scenario, data, seed))  # no argument, or copies would take it along
+    return stream
 
 
 def split_by_class(source: Source, scenario: ScenarioConfig, seed: int) -> Stream:
@@ -62,7 +71,7 @@ def split_by_class(source: Source, scenario: ScenarioConfig, seed: int) -> Strea
             parts[name] = image_set(pixels, chosen, labels=labels if shared_labels else None)
         task_classes = tuple(range(len(classes))) if shared_labels else classes
         tasks.append(Task(task_id, position, task_classes, parts["train"], parts["validation"], parts["test"]))
-    names = tuple(f"place {i}" for i in range(len(chunks[0]))) if shared_labels else source.class_names
+    names = tuple(f"{PLACE}{i}" for i in range(len(chunks[0]))) if shared_labels else source.class_names
     return _finish(source, scenario, tasks, names, tuple(range(len(names))) if shared_labels else order)
 
 

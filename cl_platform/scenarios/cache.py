@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ FORMAT = "cl_platform/decoded/1"
 DEFAULT_SIDE = 256
 _WORKERS = 2
 _CHUNK = 256
+_KEY = r"[0-9a-f]{40}"
 _SAMPLE = 500  # files whose size is looked at before decoding
 
 
@@ -124,6 +126,8 @@ def _content_key(listing: Listing, image_size: int | None, skip_corrupt: bool) -
 
 
 def _read(listing: Listing, file: File) -> bytes:
+    if listing.reader is not None:
+        return listing.reader(file)
     try:
         return (listing.root / file.path).read_bytes()
     except OSError as error:
@@ -284,3 +288,36 @@ def _read_index(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if isinstance(content, str) and content.isalnum() else None
+
+
+# -- purge ------------------------------------------------------------------------------------------------------------
+
+
+def kept_at(images: np.ndarray) -> list[Path]:
+    """Where decoded images lie in a cache: what leads to their entry, and it; nothing for images from elsewhere.
+
+    Args:
+        images: of a data set's training or test split, or rows of it.
+    """
+    name = getattr(images, "filename", None)
+    entry = None if name is None else Path(name).parent
+    if entry is None or not is_kept(entry):
+        return []
+    index = sorted((entry.parent.parent / "index").glob("*.json"))
+    return [*(path for path in index if _read_index(path) == entry.name), entry]
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a path is an entry of a cache of decoded images, or leads to one."""
+    if path.parent.name == "index":
+        return re.fullmatch(_KEY + r"\.json", path.name) is not None and path.is_file()
+    return path.parent.name == "entries" and re.fullmatch(_KEY, path.name) is not None and path.is_dir()
+
+
+def remove(path: Path) -> None:
+    """Delete what :func:`kept_at` named; whoever needs the images decodes them anew. Nothing else is ever touched.
+
+    An entry that a crash leaves half deleted is no entry for those who look for it.
+    """
+    if is_kept(path):
+        path.unlink() if path.is_file() else shutil.rmtree(path)

@@ -11,6 +11,7 @@ from cl_platform.errors import UserError
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "resized_crop")
 SETTINGS = ("class", "domain", "task")
+_FOLDER = ("kind", ("image_folder",))
 
 
 def user_cache() -> Path:
@@ -76,7 +77,20 @@ class ScenarioConfig:
     image_size: int | None = key(None, min=1, doc="side in the cache, px; null: as stored if all are equal, else 256")
     domains: tuple[float, ...] | None = key(None, doc="rotated_*: one angle per task in degrees; null: equal steps")
     split_file: str | None = key(None, doc="split_imagenet_r: file that lists the test images of root/<class>/*")
-    path: str | None = key(None, doc="image_folder: folder with {train,test}/<class>/*")
+    path: str | None = key(None, doc="image_folder: {train,test}/<class>/*, or a folder saved by datasets")
+    image_column: str | None = key(
+        None, doc="image_folder: column of a saved data set that holds the images", only_with=_FOLDER
+    )
+    label_column: str | None = key(
+        None, doc="image_folder: column of a saved data set or of metadata.csv that holds the labels", only_with=_FOLDER
+    )
+    test_share: float | None = key(
+        None,
+        above=0.0,
+        max=0.9,
+        doc="image_folder: share of each class for testing, without a test split",
+        only_with=_FOLDER,
+    )
     benchmark: str | None = key(None, doc="avalanche: name of a classic benchmark, for example SplitMNIST")
     augment: str = key("none", choices=AUGMENTATIONS, doc="training augmentation")
     augment_scale: tuple[float, ...] = key((0.05, 1.0), doc="resized_crop: smallest and largest share of the area")

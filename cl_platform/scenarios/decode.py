@@ -44,6 +44,8 @@ def decode(data: bytes, size: int | None, channels: int) -> np.ndarray:
     Raises:
         UnreadableImageError: broken bytes, or more than ``MAX_PIXELS`` pixels.
     """
+    if not data:
+        raise UnreadableImageError("it is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

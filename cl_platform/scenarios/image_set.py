@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -52,19 +52,21 @@ class ImageSet:
         example_ids: (n,) int64, the row in the data set's training or test split; one id is one source image.
         source: (N, C, H, W) uint8 array that ``example_ids`` points into.
         domain: the change applied to every image, or None.
+        first_id: example id of the source's first image; above 0 where the data were added to other data.
     """
 
     labels: Tensor
     example_ids: Tensor
     source: np.ndarray = field(repr=False)
     domain: DomainTransform | None = None
+    first_id: int = 0
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
     def images(self, rows: Tensor | slice) -> Tensor:
         """Images (b, 3, H, W) uint8 of the given rows, in their order; grey ones are repeated over three channels."""
-        wanted = self.example_ids[rows].numpy()
+        wanted = self.example_ids[rows].numpy() - self.first_id
         images = torch.from_numpy(np.ascontiguousarray(self.source[wanted]))  # (b, C, H, W)
         if self.domain is not None:
             images = self.domain(images)
@@ -72,7 +74,7 @@ class ImageSet:
 
     def select(self, rows: Tensor) -> ImageSet:
         """The given rows (k,) int64 as an image set of their own."""
-        return ImageSet(self.labels[rows], self.example_ids[rows], self.source, self.domain)
+        return replace(self, labels=self.labels[rows], example_ids=self.example_ids[rows])
 
 
 def image_set(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Listing:
         domain_names: names of the training domains; empty without domains.
         key: the configuration key that named the folder, for messages.
         note: what else to say about the split.
+        reader: gives a file's bytes, where it is no file but a row of one.
     """
 
     root: Path
@@ -44,6 +46,7 @@ class Listing:
     domain_names: tuple[str, ...] = ()
     key: str = "data.root"
     note: str = field(default="")
+    reader: Callable[[File], bytes] | None = field(default=None, repr=False, compare=False)
 
 
 def shown(name: str) -> str:
@@ -96,14 +99,19 @@ def refuse_escape(root: Path, link: Path, key: str) -> None:
         )
 
 
-def class_folder_listing(root: Path, key: str = "data.root") -> Listing:
+def class_folder_listing(root: Path, key: str = "data.root", test: str = "test") -> Listing:
     """List ``<root>/{train,test}/<class>/*``.
+
+    Args:
+        root: the data set's folder.
+        key: the configuration key that named it.
+        test: name of the folder of test images.
 
     Raises:
         UserError: a missing or empty folder, fewer than two classes, a test class that is not in the training folder,
             or a link that leads out of the folder.
     """
-    for split in ("train", "test"):
+    for split in ("train", test):
         if not (root / split).is_dir():
             raise UserError(
                 key,
@@ -114,19 +122,19 @@ def class_folder_listing(root: Path, key: str = "data.root") -> Listing:
         if (root / split).is_symlink():
             refuse_escape(root, root / split, key)
     names = folders(root, root / "train", key)
-    test_names = folders(root, root / "test", key)
+    test_names = folders(root, root / test, key)
     refuse_few_classes(root / "train", names, key)
     extra = sorted(set(test_names) - set(names))
     if extra:
         raise UserError(
             key,
             shown(str(root)),
-            f"test/{shown(extra[0])} is no class of the training folder",
+            f"{test}/{shown(extra[0])} is no class of the training folder",
             "Make the class folders of both equal",
         )
-    files: dict[str, list[File]] = {"train": [], "test": []}
+    files: dict[str, list[File]] = {"train": [], test: []}
     for label, name in enumerate(names):
-        for split, present in (("train", names), ("test", test_names)):
+        for split, present in (("train", names), (test, test_names)):
             here = image_files(root, root / split / name, label, key) if name in present else []
             if not here:
                 raise UserError(
@@ -136,7 +144,13 @@ def class_folder_listing(root: Path, key: str = "data.root") -> Listing:
                     "Add images, or remove the class from both train and test",
                 )
             files[split] += here
-    return Listing(root, tuple(names), tuple(files["train"]), tuple(files["test"]), key=key)
+    return Listing(root, tuple(names), tuple(files["train"]), tuple(files[test]), key=key)
+
+
+def held_out(files: Sequence[File], share: float) -> set[str]:
+    """Paths of a share of a class's files: those whose SHA-256 of the path is smallest, the same on every machine."""
+    ranked = sorted(files, key=lambda f: hashlib.sha256(f.path.encode("utf-8", "surrogateescape")).digest())
+    return {file.path for file in ranked[: round(share * len(files))]}
 
 
 def refuse_few_classes(where: Path, names: Sequence[str], key: str) -> None:

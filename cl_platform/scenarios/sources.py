@@ -13,11 +13,13 @@ from cl_platform.scenarios import downloads
 from cl_platform.scenarios.cache import decoded
 from cl_platform.scenarios.config import DataConfig, ScenarioConfig
 from cl_platform.scenarios.image_set import Pixels
+from cl_platform.scenarios.layouts import image_folder_listing
 from cl_platform.scenarios.listing import (
     File,
     Listing,
     class_folder_listing,
     folders,
+    held_out,
     image_files,
     refuse_few_classes,
     session_listing,
@@ -98,7 +100,7 @@ def named_dataset(dataset: str, scenario: ScenarioConfig, data: DataConfig) -> S
 
 
 def image_folder(scenario: ScenarioConfig, data: DataConfig) -> Source:
-    """The user's own ``<scenario.path>/{train,test}/<class>/*``."""
+    """The user's own images below ``scenario.path``, in any layout of :mod:`cl_platform.scenarios.layouts`."""
     if not scenario.path:
         raise UserError(
             "scenario.path", None, "image_folder needs a folder with {train,test}/<class>/*", "Set scenario.path=FOLDER"
@@ -106,7 +108,7 @@ def image_folder(scenario: ScenarioConfig, data: DataConfig) -> Source:
     root = Path(scenario.path).expanduser()
     if not root.is_dir():
         raise UserError("scenario.path", scenario.path, "there is no such folder", "Correct the path")
-    listing = class_folder_listing(root, "scenario.path")
+    listing = image_folder_listing(root, scenario)
     # before the images are decoded, which takes minutes where there are many
     class_chunks(class_order(scenario.class_order, [shown(n) for n in listing.class_names]), scenario.num_tasks)
     return _from_listing(listing, scenario, data)
@@ -149,8 +151,7 @@ def single_folder_listing(root: Path, split_file: str | None) -> Listing:
     for label, name in enumerate(names):
         files = image_files(root, root / name, label, "data.root")
         if wanted is None:
-            ranked = sorted(files, key=lambda f: hashlib.sha256(f.path.encode("utf-8", "surrogateescape")).digest())
-            in_test = {f.path for f in ranked[: round(0.2 * len(files))]}
+            in_test = held_out(files, 0.2)
         else:
             in_test = {f.path for f in files if f.path in wanted}
         if not in_test or len(in_test) == len(files):

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cl_platform.errors import UserError
+from cl_platform.scenarios.config import DataConfig, ScenarioConfig
 from cl_platform.scenarios.image_set import ImageSet
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From what a stream was built, so that it can be built again: keys of ``scenario`` and ``data``, and a seed."""
+
+    scenario: ScenarioConfig
+    data: DataConfig
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Extended:
+    """What a stream was before tasks were added to it: what was divided then stays as it is.
+
+    Attributes:
+        planned: tasks that the run began with, those left out included.
+        starts: id of the first task of each extension, ascending.
+        classes: number of class ids before each extension.
+    """
+
+    planned: int
+    starts: tuple[int, ...]
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Stream:
     """The ordered tasks of a scenario.
 
@@ -51,6 +77,8 @@ class Stream:
         source: a sentence that says where the data came from.
         hidden: the bounds between tasks are for evaluation alone; see :func:`~cl_platform.scenarios.hidden.as_told`.
         left_out: ids of the scenario's tasks that are not among ``tasks``; they count in what is divided by tasks.
+        extended: how far it went before tasks were added to it; ``None`` for a scenario's own stream.
+        recipe: from what it was built; ``None`` where no configuration says so. A changed copy of a stream has none.
     """
 
     name: str
@@ -66,14 +94,35 @@ class Stream:
     source: str
     hidden: bool = False
     left_out: tuple[int, ...] = ()
+    extended: Extended | None = None
+    recipe: Recipe | None = field(default=None, init=False, repr=False, compare=False)  # init=False: no copy takes it
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     @property
     def planned(self) -> int:
-        """Tasks of the scenario, those left out included: what shares are divided by, so that none shifts."""
+        """Tasks of the scenario, those left out included: what shares are divided by, so that none shifts.
+
+        Tasks that were added later do not count: they get shares of the same size.
+        """
+        return self.total if self.extended is None else self.extended.planned
+
+    @property
+    def total(self) -> int:
+        """All tasks, those left out and those added later included."""
         return len(self.tasks) + len(self.left_out)
+
+    @property
+    def declared(self) -> tuple[int, ...]:
+        """Number of class ids of the scenario itself, then after each extension."""
+        return (*(() if self.extended is None else self.extended.classes), self.num_classes)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Position of the last task of the scenario, and of each extension that has a task."""
+        starts = () if self.extended is None else self.extended.starts
+        return tuple({bisect_right(starts, task.task_id): place for place, task in enumerate(self.tasks)}.values())
 
     def task(self, task_id: int) -> Task:
         """The task of the given id; a KeyError if the stream has none."""

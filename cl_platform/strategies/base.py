@@ -125,13 +125,33 @@ class Step:
         return self.passes[0].logits
 
 
-LEAKS = tuple(f"L-{number:02}" for number in range(1, 25))
-"""Channels through which a task can reach what other tasks leave. L-01 gradient steps on shared weights, L-02 first
-values of later parts, L-03 later parts trained in the presence of the task's, L-04 the loss, L-05 the head, L-06 the
-optimizer, L-07 normalisation statistics, L-08 random streams, L-09 what a buffer holds, L-10 which rows it holds, L-11
-logits or features of other tasks' images, L-12 running statistics, L-13 routing, L-14 copies of the learner, L-15
-choices made by the data, L-16 counters, L-17 shapes, L-18 evaluation, L-19 files, L-20 process memory, L-21 what was
-made from the run elsewhere, L-22 verification, L-23 hashes, L-24 gaps."""
+LEAKS = {
+    "L-01": "gradient steps on shared weights",
+    "L-02": "first values of later parts",
+    "L-03": "later parts trained in the presence of the task's",
+    "L-04": "the loss",
+    "L-05": "the head",
+    "L-06": "the optimizer",
+    "L-07": "normalisation statistics",
+    "L-08": "random streams",
+    "L-09": "what a buffer holds",
+    "L-10": "which rows a buffer holds",
+    "L-11": "logits or features of other tasks' images",
+    "L-12": "running statistics",
+    "L-13": "routing",
+    "L-14": "copies of the learner",
+    "L-15": "choices made by the data",
+    "L-16": "counters",
+    "L-17": "shapes",
+    "L-18": "evaluation",
+    "L-19": "files",
+    "L-20": "process memory",
+    "L-21": "what was made from the run elsewhere",
+    "L-22": "verification",
+    "L-23": "hashes",
+    "L-24": "gaps",
+}
+"""Channels through which a task can reach what other tasks leave."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +169,11 @@ class Component:
     tasks: tuple[int, ...]
     kind: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoKeys:
+    """The ``Config`` of a strategy that has nothing to set."""
 
 
 class Strategy(nn.Module):
@@ -171,13 +196,14 @@ class Strategy(nn.Module):
     A strategy that ``encloses`` others takes those after it in the list as its inner learner: they are handed to
     :meth:`enclose` and are no members of the composition. ``rehearses`` names what a strategy learns again from
     remembered rows, ``labels`` or ``logits``, for a strategy that has the rows and asks which terms are wanted.
+    ``waits`` says what a step reads from the device, where it cannot do without; empty where the host never waits.
 
     Args:
         config: an instance of the class's ``Config``.
     """
 
     name: ClassVar[str] = ""
-    Config: ClassVar[type]
+    Config: ClassVar[type] = NoKeys
     needs: ClassVar[Needs] = Needs()
     owns: ClassVar[frozenset[str]] = frozenset()
     query: ClassVar[Query] = "none"
@@ -187,6 +213,7 @@ class Strategy(nn.Module):
     holds_temporarily: ClassVar[bool] = False
     encloses: ClassVar[bool] = False
     rehearses: ClassVar[frozenset[str]] = frozenset()
+    waits: ClassVar[str] = ""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -340,6 +367,9 @@ class Strategy(nn.Module):
             whether nothing of the task is left in the parameters that were trained.
         """
         return False
+
+    def remeasure(self) -> None:
+        """Measure anew what was measured with the network, such as means of features: it was changed since."""
 
     def inspect(self) -> dict[str, Any]:
         """JSON-able facts for ``metrics.json``, such as which classifier rule answered."""

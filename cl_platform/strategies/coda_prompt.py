@@ -84,12 +84,12 @@ class CODAPrompt(Strategy):
             self.per_task = total // context.num_tasks
         else:
             self.per_task = config.components_per_task
-        total, width = self.per_task * context.num_tasks, context.backbone.feature_dim
+        total, width = self.per_task * context.total_tasks, context.backbone.feature_dim
         if total > width:
             name = "num_components" if config.components_per_task is None else "components_per_task"
             raise UserError(
                 f"{key}.{name}", getattr(config, name),
-                f"all {context.num_tasks} tasks together may have at most {width} components, the trunk's width",
+                f"all {context.total_tasks} tasks together may have at most {width} components, the trunk's width",
                 "Lower it: no more rows can be orthogonal",
             )  # fmt: skip
         check_layers(f"{key}.layers", config.layers, context)

@@ -262,6 +262,13 @@ class Composition(nn.Module):
         answers = [strategy.relearn(task_id) for strategy in self.strategies]
         return any(answers)
 
+    def remeasure(self) -> None:
+        """Follow a change of the network outside training: what members measured with it, and the copy that teaches."""
+        for strategy in self.strategies:
+            strategy.remeasure()
+        if self.teacher is not None and self.teacher.ready:
+            self.teacher.take(self.teacher.copy.task_ids[-1])
+
     def artefacts(self) -> dict[str, str]:
         """Text files of all members by name."""
         return {name: text for strategy in self.strategies for name, text in strategy.artefacts().items()}
@@ -295,7 +302,16 @@ def build_strategies(configs: dict[str, Any]) -> Composition:
         cls = registry.strategies.get(name)
         own = {key: value for key, value in (values or {}).items() if key != "optimizer"}
         members.append(cls(typed(cls.Config, own, f"strategy.{name}")))
-    return Composition(_enclosed(members))
+    return assembled(members)
+
+
+def assembled(listed: list[Strategy]) -> Composition:
+    """The composition of strategies that are made already, in order.
+
+    Raises:
+        UserError: they cannot stand side by side.
+    """
+    return Composition(_enclosed(listed))
 
 
 def _enclosed(listed: list[Strategy]) -> list[Strategy]:

@@ -76,12 +76,15 @@ class Context:
         cache: features of the frozen trunk, computed once per image.
         seed: the run's seed.
         num_tasks: tasks of the scenario, those that the stream leaves out included: what room is divided by, so that a
-            learner that forgot a task is made like one that never saw it.
-        num_classes: classes of the whole scenario.
+            learner that forgot a task is made like one that never saw it. Tasks added later get shares of that size.
+        total_tasks: all tasks by now, those that were added included; 0: as many as ``num_tasks``.
+        num_classes: classes of the whole stream.
+        declared: number of class ids that the scenario has, then after each addition; empty: ``num_classes``.
         setting: ``class``, ``domain`` or ``task``.
         online: every task is passed over once.
         boundaries: the stream says where a task ends; else it is one task that declares all classes.
         length: tasks of the stream itself.
+        ends: positions at which the scenario, and each addition to it, ends.
         autocast: opens the run's precision.
         prepare: replayed uint8 images, labels (b,), example ids (b,) and task ids (b,) to a batch: augmented anew as
             the current task's images are, with the query column where there is one. A generator for the augmentation
@@ -119,6 +122,9 @@ class Context:
     online: bool = False
     boundaries: bool = True
     length: int = 0
+    total_tasks: int = 0
+    declared: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     prepare: Callable[..., Batch] = _no_replay
     step_stream: Callable[[str], torch.Generator] = _no_stream
@@ -141,6 +147,10 @@ class Context:
     kept_blocks: int = 0
     behind: Callable[[int], tuple[int, ...]] = _itself
     own_classes: Callable[[int], list[int]] = _none
+
+    def __post_init__(self) -> None:
+        self.total_tasks = self.total_tasks or self.num_tasks
+        self.declared = self.declared or (self.num_classes,)
 
     def embed(self, batch: Batch) -> tuple[Tensor, int]:
         """Tokens (B, N, D) of a batch for a :class:`PromptedViT`, and the block that they enter.

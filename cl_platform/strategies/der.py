@@ -52,7 +52,7 @@ class DER(Replay):
             return {}
         replayed = self.context.targets(self.ready(rows))
         logits = step.forward(replayed).logits
-        width = self.context.num_classes if self.config.columns == "all" else None
+        width = self.context.declared[0] if self.config.columns == "all" else None
         distance = logit_distance(logits, replayed.extra["stored"], replayed.extra["known"], width)
         return {"logits": self.config.alpha * distance}
 

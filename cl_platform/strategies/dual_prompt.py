@@ -108,10 +108,13 @@ class DualPrompt(Strategy):
 
     @torch.no_grad()
     def select(self, batch: Batch) -> Tensor:
-        """Row (B,) among the ascending tasks: an image's own task where its id is known, else the nearest key's."""
+        """Row (B,) among the ascending tasks: in training an image's own task where it has one, else the nearest
+        key's."""
+        nearest = largest(cosines(batch.extra["query"], self._stacked("key")), 1)[:, 0]
+        if not self.training:
+            return nearest
         ids = constant(self.e_prompt.task_ids, batch.task_ids.device)
         own = batch.task_ids[:, None] == ids  # (B, tasks)
-        nearest = largest(cosines(batch.extra["query"], self._stacked("key")), 1)[:, 0]
         return torch.where(own.any(dim=1), own.int().argmax(dim=1), nearest)
 
     def prefixes(self, batch: Batch) -> dict[int, Tensor]:
@@ -123,7 +126,7 @@ class DualPrompt(Strategy):
         for i, number in enumerate(self.config.e_layers):
             rows = expert[:, i]
             if number in found:
-                rows = torch.cat((found[number].expand(len(batch), -1, -1, -1), rows), dim=2)
+                rows = torch.cat((found[number].expand(batch.labels.shape[0], -1, -1, -1), rows), dim=2)
             found[number] = rows
         return found
 

@@ -70,7 +70,10 @@ class FPF(Strategy):
             ends = [sum(planned[: i + 1]) // self.config.every for i in range(len(planned))]
             return [self.config.steps * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
         always = self.config.when == "each_task"
-        return [self.config.steps * (always or i == len(planned) - 1) for i in range(len(planned))]
+        return [self.config.steps * (always or i == len(planned) - 1 or self._at_end(i)) for i in range(len(planned))]
+
+    def _at_end(self, position: int) -> bool:
+        return position == self.context.length - 1 or position in self.context.ends
 
     def begin_task(self, task: Task) -> None:
         """Get ready to measure."""
@@ -102,8 +105,7 @@ class FPF(Strategy):
     def refine(self, task: Task) -> None:
         """Fine-tune after the last batch of a task, or of the last one."""
         self.prone.end_training(task)
-        last = task.position == self.context.length - 1
-        if self.config.when == "each_task" or (self.config.when == "end" and last):
+        if self.config.when == "each_task" or (self.config.when == "end" and self._at_end(task.position)):
             self.prone.finetune()
 
     def components(self) -> Iterator[Component]:

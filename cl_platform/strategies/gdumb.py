@@ -16,9 +16,9 @@ from cl_platform.config import setting
 from cl_platform.errors import keys_below
 from cl_platform.finetuning import STATISTICS, Finetuning
 from cl_platform.heads import Head, cross_entropy
-from cl_platform.memory.build import POLICIES, BufferConfig
+from cl_platform.memory.build import BufferConfig
 from cl_platform.random_streams import RUN_LEVEL
-from cl_platform.registry import strategies
+from cl_platform.registry import buffer_policies, strategies
 from cl_platform.scenarios import TaskLoader
 from cl_platform.strategies.base import Context, Needs, ParameterGroup, Pass
 from cl_platform.strategies.replay import Replay
@@ -34,7 +34,7 @@ WARM_UP = 0.1
 class GDumbBufferConfig(BufferConfig):
     """Keys of its buffer."""
 
-    policy: str = setting("greedy", choices=tuple(POLICIES), doc="which examples stay")
+    policy: str = setting("greedy", choices=buffer_policies.names, doc="which examples stay")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class GDumb(Replay):
         return [updates * self._fits_after(i, len(planned)) for i in range(len(planned))]
 
     def _fits_after(self, position: int, tasks: int) -> bool:
-        return self.config.fit == "every_task" or position == tasks - 1
+        return self.config.fit == "every_task" or position == tasks - 1 or position in self.context.ends
 
     def trainable(self) -> Iterator[ParameterGroup]:
         """Everything."""

@@ -49,6 +49,7 @@ class GEM(ReferenceGradients):
     name = "gem"
     Config = GEMConfig
     leaks = frozenset({"L-01"})
+    waits = "the products of the gradients, for the solver"
 
     def __init__(self, config: GEMConfig) -> None:
         super().__init__(config)

@@ -113,7 +113,7 @@ class ICaRL(Strategy):
         with keys_below(f"strategy.{self.name}", "buffer"):
             self.buffer: ReplayBuffer = build_buffer(config, context.seed, context.image_shape)
         context.buffer, context.draw = self.buffer, self._draw
-        groups = context.num_classes * (context.num_tasks if context.setting == "domain" else 1)
+        groups = context.num_classes * (context.total_tasks if context.setting == "domain" else 1)
         if self.buffer.capacity < groups:
             raise UserError(
                 f"strategy.{self.name}.buffer.size", self.buffer.capacity,
@@ -152,7 +152,7 @@ class ICaRL(Strategy):
             assert self.context.teacher is not None
             answers = picked(self.context.teacher(step.batch).logits, columns_of(self._old, self._known))
         entries = binary_losses(step.logits, step.batch.labels, seen, self._old, answers)
-        width = len(seen) if self.config.columns == "seen" else self.context.num_classes
+        width = len(seen) if self.config.columns == "seen" else self.context.declared[0]
         old = columns_of(self._old, seen)
         new = [column for column in range(len(seen)) if column not in set(old)]
         terms = {"bce": picked(entries, new).sum() / (len(entries) * width)}
@@ -179,6 +179,12 @@ class ICaRL(Strategy):
             offer_task(self.buffer, task, self.context, self._step)
         with answering(self.context):
             self._measure(task.task_id)
+
+    def remeasure(self) -> None:
+        """The means of all classes, by features as they are now."""
+        if self.means.task_ids and len(self.buffer):
+            with answering(self.context):
+                self._measure(self.means.task_ids[-1])
 
     def _measure(self, task_id: int) -> None:
         held, pixels = self.buffer.contents, self.buffer.images

@@ -68,6 +68,7 @@ class OnlineLoRA(AdapterStrategy):
     owns = frozenset({"features", "classification", "trainable", "prediction"})
     leaks = frozenset({"L-01", "L-03", "L-12", "L-15"})
     stability = frozenset({"hard", "penalty"})
+    waits = "whether the loss has settled"
 
     seen: Tensor
     recent: Tensor
@@ -100,10 +101,10 @@ class OnlineLoRA(AdapterStrategy):
             self.folded.register_buffer(target, torch.zeros(shape, device=device))  # (blocks, d_out, d_in)
         shared = context.head
         self.head = Head(shared.feature_dim, shared.seed, shared.init)
-        self.head.begin_task(RUN_LEVEL, range(context.num_classes))
+        self.head.begin_task(RUN_LEVEL, range(context.declared[0]))
         self.head.to(device)
         empty = {"dtype": torch.int64, "device": device}
-        self.register_buffer("seen", torch.zeros(context.num_classes, dtype=torch.bool, device=device))
+        self.register_buffer("seen", torch.zeros(context.declared[0], dtype=torch.bool, device=device))
         self.register_buffer("recent", torch.zeros(0, device=device))  # losses, the newest last
         self.register_buffer("peak", torch.ones((), dtype=torch.bool, device=device))  # rose since the last fold
         self.register_buffer("level", torch.zeros(2, device=device))  # mean and variance at the last fold
@@ -115,7 +116,7 @@ class OnlineLoRA(AdapterStrategy):
         self.register_buffer("hard_losses", torch.zeros(0, device=device))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in GROWING:
+        for name in ("seen", *GROWING):
             if f"{prefix}{name}" in state_dict:
                 here = getattr(self, name)
                 setattr(self, name, torch.zeros_like(state_dict[f"{prefix}{name}"], device=here.device))
@@ -132,7 +133,18 @@ class OnlineLoRA(AdapterStrategy):
         if self.context.buffer is not None:
             raise UserError("strategy", self.name, "brings its own hard examples", "Use it without another buffer")
         self._fresh_optimizer = True
+        self._declare(task)
         note_order(self.trained, task.task_id, self.level.device)
+
+    def _declare(self, task: Task) -> None:
+        """Give the classes that came to the stream with this task their rows of the head, for all of its addition."""
+        known, needed = len(self.seen), 1 + max(task.classes)
+        if needed <= known:
+            return
+        bound = next(count for count in self.context.declared if count >= needed)
+        self.head.begin_task(task.task_id, range(known, bound))
+        self.head.to(self.seen.device)
+        self.seen = torch.cat((self.seen, self.seen.new_zeros(bound - known)))
 
     def end_task(self, task: Task) -> None:
         """Keep the optimizer's moments: the next task's optimizer is a new one.
@@ -318,10 +330,13 @@ class OnlineLoRA(AdapterStrategy):
                 setattr(self, name, getattr(self, name)[:0])
         own, shared = self.context.own_classes(task_id), self.context.head
         fresh = Head(shared.feature_dim, shared.seed, shared.init)
-        fresh.begin_task(RUN_LEVEL, range(self.context.num_classes))
-        for name, parameter in self.head.blocks.parameters_of(RUN_LEVEL).items():
-            parameter[own] = fresh.blocks.get(RUN_LEVEL, name)[own].to(parameter.device)
-            self._forget_moments(parameter, own)
+        for block in self.head.blocks.task_ids:
+            classes = self.head.blocks.numbers(block, "classes")
+            fresh.begin_task(block, classes)
+            rows = [row for row, c in enumerate(classes) if c in own]
+            for name, parameter in self.head.blocks.parameters_of(block).items() if rows else ():
+                parameter[rows] = fresh.blocks.get(block, name)[rows].to(parameter.device)
+                self._forget_moments(parameter, rows)
         self.seen[own] = False
 
     def _forget_moments(self, parameter: nn.Parameter, rows: list[int]) -> None:

@@ -84,11 +84,11 @@ class RanPAC(Strategy):
         chosen = config.projections
         drawn = chosen if chosen is not None else SMALL if width < SMALL_WIDTH else LARGE
         self.size = drawn or width
-        price = 8 * context.num_tasks * self.size**2
+        price = 8 * context.total_tasks * self.size**2
         if price > config.max_bytes:
             raise UserError(
                 "strategy.ranpac.projections", drawn,
-                f"the {context.num_tasks} tasks' moments would take {price / 2**30:.1f} GiB of "
+                f"the {context.total_tasks} tasks' moments would take {price / 2**30:.1f} GiB of "
                 f"max_bytes={config.max_bytes / 2**30:.1f} GiB",
                 f"Set strategy.ranpac.projections={SMALL}, or raise strategy.ranpac.max_bytes",
             )  # fmt: skip

@@ -77,8 +77,9 @@ class Replay(Strategy):
         columns = context.num_classes if self.stores_logits else None
         with keys_below(f"strategy.{self.name}", "buffer"):
             self.buffer: ReplayBuffer = build_buffer(
-                self.config.buffer, context.seed, context.image_shape, columns, context.num_tasks
-            )
+                self.config.buffer, context.seed, context.image_shape, columns, context.num_tasks,
+                total_tasks=context.total_tasks,
+            )  # fmt: skip
         context.buffer, context.draw, context.replay = self.buffer, self.draw, self.lend
         if self.buffer.policy.when == "task_end" and not context.boundaries:
             raise UserError(
@@ -98,12 +99,17 @@ class Replay(Strategy):
         """Refuse a buffer without room for all groups that its policy will divide it among."""
         context, own = self.context, self.config.buffer
         again = context.setting == "domain" and self.buffer.policy.needs_features  # a class counts once a task
-        groups = context.num_classes * (context.num_tasks if again else 1)
+        groups = context.num_classes * (context.total_tasks if again else 1)
         key, given = ("size", self.buffer.capacity) if own.bytes is None else ("bytes", own.bytes)
         if self.buffer.capacity < groups:
             raise UserError(
                 f"strategy.{self.name}.buffer.{key}", given,
                 f"the stream has {groups} classes, and a buffer must hold an example of each", "Raise it",
+            )  # fmt: skip
+        if own.bytes is not None and self.stores_logits and len(context.declared) > 1:
+            raise UserError(
+                f"strategy.{self.name}.buffer.bytes", own.bytes,
+                "bounds the bytes of an example, and its logits get columns for the added classes", "Use buffer.size",
             )  # fmt: skip
         if own.fixed_classes is not None and own.fixed_classes < context.num_classes:
             raise UserError(

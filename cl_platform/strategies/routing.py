@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from cl_platform.scenarios import Task
 
 ITERATIONS = 100
-ELSEWHERE = -1e4
-"""Logit of classes of other tasks than the one an image was routed to: exactly 0 after a softmax, and finite."""
+ELSEWHERE = -200.0
+"""How far below the best answer of the part that an image was routed to those of all others stand: exactly 0 after a
+softmax in fp32, and the order of a task's own classes can still be read from them, as task-incremental answers do."""
 
 
 class RoutedStrategy(Strategy):
@@ -96,15 +97,22 @@ class RoutedStrategy(Strategy):
         return sorted({c for classes in self.heads.all_numbers("classes") for c in classes})
 
     def predict(self, batch: Batch) -> Tensor:
-        """Logits (B, S) of the head an image was routed to; the other tasks' classes get one low logit."""
+        """Logits (B, S) of the head an image was routed to; far lower ones of the other heads, in their own order.
+
+        All heads read the features that the routed part gives: no other part sees the image.
+        """
         features, rows = self(batch), self.route(batch)
-        seen = self.seen_classes()
-        logits = features.new_full((len(features), len(seen)), ELSEWHERE, dtype=torch.float32)
+        seen, tasks = self.seen_classes(), self.heads.task_ids
         places = constant(seen, features.device)
-        for place, task_id in enumerate(self.heads.task_ids):
-            columns = torch.searchsorted(places, self.heads.get(task_id, "classes"))
-            own = self._head(task_id, features).float()
-            logits[:, columns] = torch.where((rows == place)[:, None], own, logits[:, columns])
+        columns = [torch.searchsorted(places, self.heads.get(t, "classes")) for t in tasks]
+        answers = [self._head(t, features).float() for t in tasks]
+        routed = [(rows == place)[:, None] for place in range(len(tasks))]
+        best = torch.stack([own.amax(1) for own in answers], dim=1).gather(1, rows[:, None]).detach()
+        logits = features.new_full((features.shape[0], len(seen)), -torch.inf, dtype=torch.float32)
+        for own, there in zip(answers, columns, strict=True):
+            logits[:, there] = torch.maximum(logits[:, there], best + ELSEWHERE + own.log_softmax(1))
+        for own, there, mine in zip(answers, columns, routed, strict=True):  # last, where tasks share classes
+            logits[:, there] = torch.where(mine, own, logits[:, there])
         return logits
 
     def inspect(self) -> dict[str, Any]:

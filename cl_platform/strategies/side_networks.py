@@ -15,11 +15,7 @@ from cl_platform.batch import Batch
 from cl_platform.heads import Head
 from cl_platform.slots import PerTask, Slots
 from cl_platform.strategies.base import Component, Context, Strategy
-from cl_platform.strategies.routing import nearest_set
-
-ELSEWHERE = -200.0
-"""Added to the log-probabilities of networks that an image was not routed to: exactly 0 after a softmax in fp32, and
-the order of a task's own classes can still be read from them, as task-incremental answers do."""
+from cl_platform.strategies.routing import ELSEWHERE, nearest_set
 
 
 class SideNetworks(Strategy):
@@ -88,7 +84,7 @@ class SideNetworks(Strategy):
         Within the classes of a task they are in the order of its own network's logits.
         """
         seen = self.seen_classes()
-        answers = torch.full((len(batch), len(seen)), -torch.inf, device=batch.images.device)
+        answers = torch.full((batch.labels.shape[0], len(seen)), -torch.inf, device=batch.images.device)
         places = torch.tensor(seen, device=answers.device)
         networks = self._networks()
         chosen = self._route(batch, networks)

@@ -92,6 +92,13 @@ class SLDA(Strategy):
     covariance: Tensor
     updates: Tensor
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("mean", "count"):  # rows for classes that were added since
+            known, here = state_dict.get(f"{prefix}{name}"), getattr(self, name, None)
+            if known is not None and here is not None and len(known) < len(here):
+                state_dict[f"{prefix}{name}"] = torch.cat((known, known.new_zeros(here[len(known) :].shape)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def end_task(self, task: Task) -> None:
         """Take the task's training features in."""
         features = self.context.cache.features(task.task_id, "train", task.train)

@@ -28,8 +28,16 @@ NEVER_COVERED = (
     ("remote loggers", "what was sent to a server stays there"),
 )
 """What no request reaches, and why."""
-DATA_CACHE = ("decoded data cache", "it lies outside the run and may serve other runs; --purge-data-cache removes it")
+DATA_CACHE = (
+    "decoded data cache",
+    "it lies outside the run and may serve other runs; --purge-data-cache deletes the run's data set from it",
+)
 """Uncovered as well, unless its purge was asked for."""
+NOT_MEASURED = (
+    "accuracies of the kept tasks",
+    "the data could not be had: no row of the results was measured anew, all are of the time before",
+)
+"""Where a task was forgotten without the data of the run."""
 
 
 @dataclass(frozen=True)

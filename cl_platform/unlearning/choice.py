@@ -82,7 +82,9 @@ class Choice:
     options: tuple[Option, ...]
 
 
-def choose(task_id: int, requested: str, options: Sequence[Option], accept: str = "E-bit") -> Choice:
+def choose(
+    task_id: int, requested: str, options: Sequence[Option], accept: str = "E-bit", key: str = "--method"
+) -> Choice:
     """Decide.
 
     Args:
@@ -90,6 +92,7 @@ def choose(task_id: int, requested: str, options: Sequence[Option], accept: str 
         requested: ``auto``, or the one way that is wanted.
         options: the ways there are.
         accept: ``auto`` takes the cheapest way that reaches this level, and where none does the highest exact one.
+        key: where the way stands, for messages.
 
     Raises:
         UserError: the way that is wanted cannot be done, or ``auto`` finds no exact one.
@@ -98,14 +101,14 @@ def choose(task_id: int, requested: str, options: Sequence[Option], accept: str 
         option = next(option for option in options if option.method == requested)
         if option.level is None:
             why = f"task {task_id} cannot be forgotten so: {option.told}"
-            raise UserError("method", requested, why, _other(options))
+            raise UserError(key, requested, why, _other(options, key))
         return Choice(option, f"{requested} was asked for: {option.why}", tuple(options))
     exact = [option for option in options if option.level in EXACT]
     if not exact:
         ways = "; ".join(f"{option.method}: {option.told}" for option in options)
         raise UserError(
-            "method", "auto", f"no exact way to forget task {task_id} is open ({ways})",
-            "Provide what is missing, or choose --method approximate:NAME, which is never exact",
+            key, "auto", f"no exact way to forget task {task_id} is open ({ways})",
+            f"Provide what is missing, or choose {typed(key, 'approximate:NAME')}, which is never exact",
         )  # fmt: skip
     best = max(rank(option.level) for option in exact)
     wanted = min(best, LEVELS.index(accept))
@@ -133,6 +136,13 @@ def _reason(option: Option, options: Sequence[Option], wanted: str) -> str:
     return "; ".join([head, *said])
 
 
-def _other(options: Sequence[Option]) -> str:
-    open_ = [option.method for option in options if option.level in EXACT]
-    return f"Use --method {open_[0]}" if open_ else "Provide what is missing, or use --method approximate:NAME"
+def typed(key: str, value: str) -> str:
+    """A value behind its key as one types it: ``--method drop``, ``unlearning.method=drop``."""
+    return f"{key}{' ' if key.startswith('--') else '='}{value}"
+
+
+def _other(options: Sequence[Option], key: str) -> str:
+    ways = [option.method for option in options if option.level in EXACT]
+    if ways:
+        return f"Use {typed(key, ways[0])}"
+    return f"Provide what is missing, or use {typed(key, 'approximate:NAME')}"

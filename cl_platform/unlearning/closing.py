@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_platform.unlearning import certificate as certificates
 from cl_platform.unlearning import purge
 from cl_platform.unlearning.canonical import fingerprint
-from cl_platform.unlearning.certificate import DATA_CACHE, NEVER_COVERED, Cost, Method, Target
+from cl_platform.unlearning.certificate import DATA_CACHE, NEVER_COVERED, NOT_MEASURED, Cost, Method, Target
 from cl_platform.unlearning.lineage import BOOKKEEPING, learnt_state, undeclared
 from cl_platform.unlearning.pieces import Before
 from cl_platform.unlearning.redaction import Subject, shared_classes
+from cl_platform.unlearning.reference import read_json
 from cl_platform.unlearning.rollback import METHOD
 from cl_platform.unlearning.scan import needles
 
@@ -54,7 +54,14 @@ def target_of(site: Site, facts: Mapping[str, Any]) -> Target:
     task = site.stream.task(facts["task_id"])
     buffer = site.learner.context.buffer
     held = 0 if buffer is None else int((buffer.contents.task_ids == task.task_id).sum())
-    return Target(task.task_id, tuple(sorted(task.classes)), len(task.train), held, facts["trigger"])
+    images = len(task.train) or _recorded_images(site, task.task_id)
+    return Target(task.task_id, tuple(sorted(task.classes)), images, held, facts["trigger"])
+
+
+def _recorded_images(site: Site, task_id: int) -> int:
+    """Training images of a task as the run has noted them."""
+    tasks = (read_json(site.path / "environment.json").get("dataset") or {}).get("tasks") or []
+    return next((int(task["train"]) for task in tasks if task["task_id"] == task_id), 0)
 
 
 def commit(site: Site, opened: Journal, work: Work, target: Target, seconds: float) -> dict[str, bytes]:
@@ -70,13 +77,10 @@ def commit(site: Site, opened: Journal, work: Work, target: Target, seconds: flo
     facts = opened.facts
     gone = needles(work.before.leads, learnt_state(work.learner))
     actions = purge.plan_purge(opened, subject_of(site, target), gone, work.rewrites, work.removals)
-    outside: list[Path] = []
-    uncovered: tuple[tuple[str, str], ...] = NEVER_COVERED
-    cache = site.data_cache() if facts["purge_data_cache"] else None
-    if cache is None:
-        uncovered = (*NEVER_COVERED, DATA_CACHE)
-    else:
-        outside = purge.data_cache_folders(cache)
+    outside = site.data_cache() if facts["purge_data_cache"] else None
+    uncovered = NEVER_COVERED if outside is not None else (*NEVER_COVERED, DATA_CACHE)
+    if not any(len(task.test) for task in site.stream.tasks):
+        uncovered = (*uncovered, NOT_MEASURED)
     price = facts["price"]
     draft = certificates.draft(
         request_id=opened.request_id,
@@ -94,7 +98,7 @@ def commit(site: Site, opened: Journal, work: Work, target: Target, seconds: flo
         not_covered=uncovered,
         bookkeeping_excluded=list(BOOKKEEPING),
     )
-    opened.commit(actions, draft, outside, site.stream.class_names)
+    opened.commit(actions, draft, outside or (), site.stream.class_names)
     return gone
 
 

@@ -33,7 +33,7 @@ class UnlearningConfig:
     accept: str = setting("E-bit", doc="auto takes the cheapest way of this level", choices=("E-bit", "E-law"))
     min_retain_ratio: float = setting(0.5, doc="approximate: least share of the accuracy kept", min=0, max=1)
     keep_rows: bool = setting(False, doc="approximate: leave the head rows of the task")
-    purge_data_cache: bool = setting(False, doc="also delete the task's images from the decoded data cache")
+    purge_data_cache: bool = setting(False, doc="also delete the run's whole data set from the cache of images")
     anchor: str | None = setting(None, doc="file outside the run to which the audit log's head is appended")
     methods: dict[str, dict[str, Any]] = setting(factory=dict, doc="keys of approximate methods, by name")
 

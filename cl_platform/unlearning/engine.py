@@ -49,8 +49,9 @@ class Wish:
         method: ``auto``, ``drop``, ``rollback`` or ``approximate:<name>``.
         trigger: ``in_stream``, ``sequence`` or ``command``.
         accept: level that ``auto`` is content with.
-        purge_data_cache: whether the task's decoded images outside the run go as well.
+        purge_data_cache: whether the decoded images of the run's data set, outside the run, go as well.
         key: where the task stands, for messages.
+        method_key: where the way stands.
     """
 
     task_id: int
@@ -59,6 +60,7 @@ class Wish:
     accept: str = "E-bit"
     purge_data_cache: bool = False
     key: str = "--task"
+    method_key: str = "--method"
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ class Site(Protocol):
     def lineage(self) -> str:
         """Whether writes were held against the owner records: ``verified``, ``declared`` or ``violated``."""
 
-    def data_cache(self) -> Path | None:
-        """Folder of decoded images outside the run; ``None`` where its images come from none."""
+    def data_cache(self) -> list[Path] | None:
+        """Where the cache outside the run holds the decoded images of its data set; ``None`` where nobody can tell."""
 
     def facts(self) -> certificates.Run:
         """Which run it is."""
@@ -165,7 +167,7 @@ def check(site: Site, wish: Wish) -> None:
         raise UserError(key, task_id, f"unknown; the stream has {', '.join(map(str, order))}", known)
     if task_id not in learnt:
         raise UserError(key, task_id, "was not learnt yet", known)
-    check_method(wish.method, "method")
+    check_method(wish.method, wish.method_key)
 
 
 def plan(site: Site, wish: Wish) -> tuple[Choice, Way]:
@@ -184,7 +186,7 @@ def plan(site: Site, wish: Wish) -> tuple[Choice, Way]:
         options.append(rollback.option(way, kind, site.price, site.spent()))
     if wish.method.startswith(APPROXIMATE):
         options.append(approximate_option(site, wish))
-    return choose(wish.task_id, wish.method, options, wish.accept), way
+    return choose(wish.task_id, wish.method, options, wish.accept, wish.method_key), way
 
 
 def forget(site: Site, wish: Wish, say: Callable[[str], None] = log.info) -> bool:
@@ -298,7 +300,8 @@ def _way(site: Site, task_id: int) -> Way:
     order = [task.task_id for task in site.stream.tasks]
     gone = {*site.record.ids, task_id}
     ended = site.passed == len(order)
-    return way_back(site.path, order, site.passed, sorted(gone), site.learner.composition.foresees, ended)
+    foresees, ends = site.learner.composition.foresees, site.stream.ends[:-1]
+    return way_back(site.path, order, site.passed, sorted(gone), foresees, ended, ends)
 
 
 def _facts(wish: Wish, choice: Choice, way: Way) -> dict[str, Any]:

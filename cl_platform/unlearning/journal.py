@@ -154,7 +154,7 @@ class Journal:
         Args:
             actions: what becomes of every file of the run folder.
             certificate: its draft.
-            outside: folders outside the run to be deleted as well.
+            outside: paths of the cache of decoded images to be deleted as well.
             names: names that must not stand in the certificate, such as those of classes.
 
         Raises:

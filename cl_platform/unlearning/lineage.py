@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from cl_platform.random_streams import RUN_LEVEL
-from cl_platform.strategies.base import LEAKS, Component
-from cl_platform.unlearning.canonical import digests
+from cl_platform.strategies.base import Component
+from cl_platform.unlearning.canonical import tensor_digest
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
@@ -21,7 +22,7 @@ BOOKKEEPING = {
 }
 """Patterns of keys that are no learnt state, and why; a key that none matches is."""
 
-SHARED_WEIGHTS = LEAKS[0]
+SHARED_WEIGHTS = "L-01"
 MEMBERS = "composition.members"
 
 
@@ -30,7 +31,12 @@ def learnt_state(learner: ContinualLearner) -> dict[str, Tensor]:
 
     A frozen trunk is part of it: its running statistics must not move either. What ``BOOKKEEPING`` lists is left out.
     """
-    state = dict(learner.state_dict())
+    return _state(learner)
+
+
+def _state(learner: ContinualLearner, keep_vars: bool = False) -> dict[str, Tensor]:
+    """See :func:`learnt_state`; with ``keep_vars`` the learner's own objects, which gradients may be part of."""
+    state = dict(learner.state_dict(keep_vars=keep_vars))
     state |= {name: buffer for name, buffer in learner.named_buffers() if name not in state}  # those not saved
     return {name: tensor for name, tensor in state.items() if not is_bookkeeping(name)}
 
@@ -66,7 +72,7 @@ def holders(learner: ContinualLearner, task_id: int) -> list[Component]:
 
 
 def remaining_leaks(learner: ContinualLearner, task_id: int) -> tuple[str, ...]:
-    """Channels of :data:`LEAKS` through which dropping a task leaves, or has left, something of it.
+    """Channels of :data:`~cl_platform.strategies.base.LEAKS` by which dropping a task leaves something of it, or has.
 
     They are what the strategies declare. Where none does and kept components list the task all the same, such as a
     head block whose classes several tasks share, that is learning on shared weights.
@@ -136,15 +142,17 @@ class Write:
 class WriteCheck:
     """Holds what changes while a task is learnt against the owner records; digests are taken between tasks only.
 
-    Call :meth:`before` ahead of a task's start and :meth:`after` behind its end.
+    Call :meth:`before` ahead of a task's start and :meth:`after` behind its end. What was digested behind one task
+    serves the start of the next, tensor by tensor, where nothing has written to it since.
     """
 
     def __init__(self) -> None:
         self._before: dict[str, str] | None = None
+        self._kept: dict[str, tuple[_Mark, str]] = {}
 
     def before(self, learner: ContinualLearner) -> None:
         """Note what there is."""
-        self._before = digests(learnt_state(learner))
+        self._before, self._kept = _digests(learner, self._kept), {}
 
     def after(self, learner: ContinualLearner, *task_ids: int) -> list[Write]:
         """What changed or came without listing the tasks just learnt as owners, by name.
@@ -155,10 +163,37 @@ class WriteCheck:
         """
         if self._before is None:
             raise ValueError("before() comes first")
-        now, declared = digests(learnt_state(learner)), owners(learner)
+        now, declared = _digests(learner, {}), owners(learner)  # training may write past any count: all anew
         changed = sorted(name for name, digest in now.items() if self._before.get(name) != digest)
         self._before = None
+        self._kept = {name: (_Mark.of(t), now[name]) for name, t in _state(learner, keep_vars=True).items()}
         return list(_undeclared_writes(changed, declared, task_ids))
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """By what a tensor is known to be as it was: the object, without keeping it alive, its memory, writes to it."""
+
+    tensor: weakref.ref[Tensor]
+    place: int
+    writes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Mark:
+        return cls(weakref.ref(tensor), tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+
+    def holds(self, tensor: Tensor) -> bool:
+        now = _Mark.of(tensor)
+        return self.tensor() is tensor and self.writes >= 0 and (now.place, now.writes) == (self.place, self.writes)
+
+
+def _digests(learner: ContinualLearner, known: Mapping[str, tuple[_Mark, str]]) -> dict[str, str]:
+    """Digests of the learnt state; those of ``known`` tensors that are as they were are taken over."""
+    found = {}
+    for name, tensor in _state(learner, keep_vars=True).items():
+        mark, digest = known.get(name, (None, ""))
+        found[name] = digest if mark is not None and mark.holds(tensor) else tensor_digest(name, tensor)
+    return found
 
 
 def _undeclared_writes(

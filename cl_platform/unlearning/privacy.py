@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 _ABSOLUTE = re.compile(r"(?:^|[\s\"'=(:,])(?:/[^\s/]|~[\w.-]*/|[A-Za-z]:[\\/]|\\\\\w)|file://")
 _SEPARATORS = re.compile(r"[/\\@,;]")
+_OWN_WORDS = frozenset({"train", "validation", "test", "sgd", "adam", "adamw", "retain", "released", "none", "buffer"})
+"""Values that the platform writes by themselves whatever the classes are called: they tell of none."""
 _EVENT_FILE = re.compile(r"(events\.out\.tfevents\.\d+)\..+?((?:\.\d+\.\d+)?(?:\.v2)?)$")
 
 
@@ -25,14 +27,15 @@ def findings(value: object, names: Collection[str] = (), place: str = "value") -
     """Where a value says more than it may; empty if it does not.
 
     A name counts where it is a whole string, or a whole part between path separators, commas or ``@``: an ordinary
-    word of a sentence may well be somebody's name, or a class's. Names that are numbers cannot be told from ids.
+    word of a sentence may well be somebody's name, or a class's. Names that are numbers cannot be told from ids, nor
+    those that are values of keys, such as that of a split, from these.
 
     Args:
         value: plain JSON.
         names: further names that must not stand in it, such as those of classes.
         place: how the value is called in what is found.
     """
-    known = {name.casefold() for name in (*names, *account_names()) if not name.isdigit()}
+    known = {name.casefold() for name in (*names, *account_names()) if not name.isdigit()} - _OWN_WORDS
     yield from _walk(value, known, place)
 
 

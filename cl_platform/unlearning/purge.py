@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cl_platform.errors import UserError
 from cl_platform.files import sync
+from cl_platform.scenarios.cache import remove
 from cl_platform.unlearning import redaction
 from cl_platform.unlearning.audit import AuditLog
 from cl_platform.unlearning.certificate import FileEntry
@@ -75,11 +76,12 @@ def _features(path: Path, subject: Subject) -> Content:
 
 RULES = (
     Rule(r"(.*/)?\.[^/]*\.tmp(/.*)?|checkpoints/\.task_\d+\.old/.*", "delete", LEFT_OVER),
-    Rule(r"accuracy_matrix\.csv|continual_eval\.csv|csv/hparams\.yaml", "keep", TASK_COUNTS),
+    Rule(r"(accuracy_matrix|continual_eval)\.csv|instructions\.json|csv/hparams\.yaml", "keep", TASK_COUNTS),
     Rule(r"gradients\.csv", "keep", "norms over whole batches"),
     Rule(r"cost\.json", "keep", "times and sizes"),
     Rule(r"config\.yaml|tensorboard/hparams\.yaml", "keep", "the configuration"),
     Rule(r"environment\.json", "keep", "versions, and the number of images and classes of each task"),
+    Rule(r"stream\.json", "rewrite", "names of the task's own classes go", _text(redaction.stream_facts)),
     Rule(r"confusion\.json", "rewrite", "counts of the task's own classes go", _text(redaction.confusion)),
     Rule(r"metrics\.json", "rewrite", "values of the task's own classes go", _text(redaction.metrics)),
     Rule(r"representation\.safetensors", "rewrite", "features of the task's images go", _features),
@@ -96,6 +98,7 @@ RULES = (
 )  # fmt: skip
 """In order; the first whose pattern is the whole path counts."""
 KEPT_AFTER_REWRITE = {
+    "stream.json": "names no class that only the task has",
     "confusion.json": "holds no class that only the task has",
     "metrics.json": "holds no class that only the task has",
     "representation.safetensors": "holds no features of the task's images",
@@ -281,9 +284,9 @@ def carry_out(journal: Journal, log: AuditLog) -> list[FileEntry]:
         elif action.action == "delete":
             _delete(journal.run, action)
             tell("file_deleted", shown[action.path], action.bytes)
-    for folder in outside:
-        _delete_cache(folder)
-        tell("file_deleted", f"data cache, {folder.name}", 0)
+    for path in outside:
+        remove(path)
+        tell("file_deleted", f"data cache, {path.parent.name}/{path.name}", 0)
     said = {"delete": "deleted", "rewrite": "rewritten", "keep": "kept"}
     return [
         FileEntry(shown[a.path], said[a.action], a.reason, a.bytes, a.sha256_before, a.sha256_after)
@@ -327,16 +330,6 @@ def _delete(run: Path, action: FileAction) -> None:
     while not folder.is_dir():
         folder = folder.parent
     sync(folder)
-
-
-def data_cache_folders(cache: Path) -> list[Path]:
-    """Folders with decoded images below the data cache, to be deleted on request; other runs decode theirs anew."""
-    return [cache / name for name in ("entries", "index") if (cache / name).is_dir()]
-
-
-def _delete_cache(folder: Path) -> None:
-    if folder.name in ("entries", "index") and folder.is_dir():  # nothing else outside the run is ever touched
-        shutil.rmtree(folder)
 
 
 def leftovers(run: Path, subject: Subject, needles: Mapping[str, bytes], without: Collection[str] = ()) -> list[Hit]:

@@ -34,6 +34,16 @@ class Subject:
     class_names: tuple[str, ...] = ()
 
 
+def stream_facts(text: str, subject: Subject) -> str:
+    """``stream.json`` without the names of the task's own classes, the task marked as forgotten."""
+    content = json.loads(text)
+    gone = set(subject.own_class_ids)
+    content["class_names"] = [None if c in gone else name for c, name in enumerate(content["class_names"])]
+    for task in content["tasks"]:
+        task["forgotten"] = task["forgotten"] or task["task_id"] == subject.task_id
+    return to_json(content)
+
+
 def confusion(text: str, subject: Subject) -> str:
     """``confusion.json`` without rows and columns of the task's own classes."""
     content = json.loads(text)

@@ -189,22 +189,16 @@ def cache_root(config: Mapping[str, Any]) -> Path:
     return Path(str(config.get("output_root") or "outputs")) / "references"
 
 
-def cached_folder(run: Path, config: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> Path:
+def cached_folder(config: Mapping[str, Any], fingerprint: Mapping[str, Any], sources: Mapping[str, str]) -> Path:
     """Folder of the reference of a configuration: its name depends on all that decides the bytes.
 
     Args:
-        run: whose data and backbone it shares.
         config: made by :func:`reference_config`.
         fingerprint: numerics of this machine.
+        sources: digests of the data and the weights that the reference itself is made from, and what stands for the
+            code. A run that forgot by relearning has another stream than before, its reference has not.
     """
-    environment = read_json(run / "environment.json")
-    key = {
-        "config": config_sha256(config),
-        "fingerprint": dict(fingerprint),
-        "commit": str(environment.get("git_commit")),
-        "data": str((environment.get("dataset") or {}).get("digest")),
-        "backbone": str((environment.get("backbone") or {}).get("weights_sha256")),
-    }
+    key = {"config": config_sha256(config), "fingerprint": dict(fingerprint), "sources": dict(sources)}
     return cache_root(config) / hashlib.sha256(canonical_json(_spelt(key))).hexdigest()[:16]
 
 
@@ -248,6 +242,7 @@ class Maker:
         forgotten: ids of all tasks that it forgot, ascending.
         fingerprint: numerics of this machine.
         train: trains a configuration into a folder.
+        sources: from what a configuration would be trained here, see :func:`cached_folder`.
         say: prints a line.
         owner: stands for the run in the notes of the cache, wherever its folder is moved.
     """
@@ -257,6 +252,7 @@ class Maker:
     forgotten: tuple[int, ...]
     fingerprint: Mapping[str, Any]
     train: Train
+    sources: Callable[[Mapping[str, Any]], Mapping[str, str]]
     say: Callable[[str], None]
     owner: str
 
@@ -267,7 +263,7 @@ class Maker:
             seed: another seed than the run's.
         """
         made = reference_config(self.config, self.forgotten, seed)
-        folder = cached_folder(self.run, made, self.fingerprint)
+        folder = cached_folder(made, self.fingerprint, self.sources(made))
         made["run_dir"] = str(folder)
         found = Reference(folder, config_sha256(made), self.fingerprint, True, False, int(made.get("seed") or 0))
         note = read_json(folder / NOTE)

@@ -14,10 +14,11 @@ from typing import Any
 
 from cl_platform.errors import UserError
 from cl_platform.files import write_atomically
-from cl_platform.run_folder import checkpoint_positions
+from cl_platform.run_folder import checkpoint_positions, to_json
 from cl_platform.unlearning import forgotten as records
 from cl_platform.unlearning.choice import Option, Price, level_on
 from cl_platform.unlearning.forgotten import Record
+from cl_platform.unlearning.reference import read_json
 from cl_platform.unlearning.scan import files_below
 
 METHOD = "rollback"
@@ -28,8 +29,8 @@ STAYS = ("unlearning", ".lock", "config.yaml")
 GONE = "of the history in which the task was learnt"
 HISTORY = (
     "checkpoints", "accuracy_matrix.csv", "confusion.json", "continual_eval.csv", "gradients.csv", "metrics.json",
-    "cost.json", "environment.json", "representation.safetensors", "report.html", "figures", "run.log", "tensorboard",
-    "csv",
+    "cost.json", "environment.json", "instructions.json", "representation.safetensors", "report.html", "figures",
+    "run.log", "tensorboard", "csv", "stream.json",
 )  # fmt: skip
 """What a run writes: all of it gives way to the new history, whether or not that has a file of the name."""
 LEARNING = ("train", "boundary", "eval_continual", "eval_boundary", "checkpoint")
@@ -68,7 +69,13 @@ class Way:
 
 
 def way_back(
-    run: Path, order: Sequence[int], learnt: int, gone: Sequence[int], foresees: str = "nothing", ended: bool = True
+    run: Path,
+    order: Sequence[int],
+    learnt: int,
+    gone: Sequence[int],
+    foresees: str = "nothing",
+    ended: bool = True,
+    ends: Sequence[int] = (),
 ) -> Way:
     """Where to go back to, and what to relearn.
 
@@ -79,6 +86,7 @@ def way_back(
         gone: ids of all tasks to be forgotten by then.
         foresees: what of the stream's future the strategies depend on: ``nothing``, its ``end`` or its ``length``.
         ended: the stream has been learnt as a whole.
+        ends: positions at which the scenario ended before tasks were added behind it.
     """
     kept = tuple(task_id for task_id in order if task_id not in gone)
     until = sum(task_id not in gone for task_id in order[:learnt])
@@ -88,6 +96,8 @@ def way_back(
         newest = -1
     elif foresees == "end" and ended:  # whoever does something at the end of the stream has to come to the new end
         newest = min(newest, len(kept) - 2)
+    if foresees == "end" and any(order[place] in gone for place in ends if place < learnt):
+        newest = min(newest, first - 2)  # such an end is now at an earlier task
     base = max((position for position in checkpoint_positions(run) if position <= newest), default=-1)
     return Way(base, kept, until)
 
@@ -151,8 +161,18 @@ def prepare(run: Path, staging: Path, way: Way, record: Record) -> None:
     for name in SEEDS:
         if (run / name).exists():
             shutil.copyfile(run / name, staging / name)
+    _note_environment(run, staging, way)
     records.write(staging, record)
     write_atomically(staging / "config.yaml", (run / "config.yaml").read_bytes())
+
+
+def _note_environment(run: Path, staging: Path, way: Way) -> None:
+    """With what the run was made, of the tasks that stay; whoever relearns some writes it anew."""
+    facts = read_json(run / "environment.json")
+    data = facts.get("dataset")
+    if isinstance(data, dict):
+        kept = [task for task in data.get("tasks") or () if task.get("task_id") in way.order]
+        write_atomically(staging / "environment.json", to_json({**facts, "dataset": {**data, "tasks": kept}}))
 
 
 def exchange(run: Path, staging: Path, way: Way) -> tuple[dict[str, str], dict[str, str]]:

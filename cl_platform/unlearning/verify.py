@@ -39,11 +39,18 @@ class Workshop:
         build: a learner that has learnt nothing, and its stream.
         train: trains a configuration into a folder.
         forget: lets a run folder forget a task by a method; ``None``: no shadow models that forgot.
+        code: stands for the code that trains, such as a commit.
     """
 
     build: Build
     train: Train
     forget: Callable[[Path, int, str], None] | None = None
+    code: str = ""
+
+    def sources(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """What stands for all that a configuration would be trained from here."""
+        learner, stream = self.build(config)
+        return {"data": stream.digest, "backbone": learner.backbone.digest(), "code": self.code}
 
 
 @dataclass(frozen=True)
@@ -256,7 +263,8 @@ class _Verifier:
         names = remove_stale(self.config, self.gone, owner)
         if names:
             self.say(f"references that had learnt a task forgotten since were deleted: {', '.join(names)}")
-        return Maker(self.run, self.config, self.gone, numerics, self.workshop.train, self.say, owner)
+        shop = self.workshop
+        return Maker(self.run, self.config, self.gone, numerics, shop.train, shop.sources, self.say, owner)
 
     def _reference(self, maker: Maker) -> Reference:
         if self.options.reference is None:

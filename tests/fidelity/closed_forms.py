@@ -23,6 +23,8 @@ def standing(strategy, width, num_classes=10, num_tasks=5, seed=0):
             backbone=Trunk(width),
             num_classes=num_classes,
             num_tasks=num_tasks,
+            total_tasks=num_tasks,
+            declared=(num_classes,),
             seed=seed,
             cache=None,
             setting="class",

@@ -76,7 +76,8 @@ def test_a_plug_in_without_weight_leaves_every_byte_of_its_partner(learner_of, b
 )
 def test_the_order_of_plug_ins_does_not_change_the_loss(learner_of, base, names):
     found = {}
-    for order in itertools.permutations(names):
+    orders = (names, names[::-1], names[1:] + names[:1])  # each two of them either way round
+    for order in dict.fromkeys(map(tuple, orders)):
         bench = learner_of({base: BASES[base], **{name: PLUG_INS[name] for name in order}}, **SGD)
         _, terms = nudged(bench.learn(0, epochs=1).begin(1)).step()
         found[order] = terms

@@ -83,6 +83,8 @@ def test_features_equal_attention_by_hand_with_g_then_e_before_keys_and_values(m
         together = mixed.strategy(batch)
         assert torch.allclose(together, by_hand(mixed, batch.images, choices), atol=1e-5)
         own = mixed.batch(task_id=1)
+        assert torch.equal(mixed.strategy(own), together)
+        mixed.strategy.train()  # where alone a task id is read
         assert torch.allclose(mixed.strategy(own), by_hand(mixed, batch.images, [1] * 48), atol=1e-5)
 
 

@@ -88,7 +88,7 @@ def test_an_image_is_answered_by_the_head_it_was_routed_to_and_no_other(bench_of
     for image, task_id in enumerate(rows.tolist()):
         inside = logits[image, 2 * task_id : 2 * task_id + 2]
         outside = torch.cat([logits[image, : 2 * task_id], logits[image, 2 * task_id + 2 :]])
-        assert (outside == ELSEWHERE).all()
+        assert (outside <= inside.max() + ELSEWHERE).all()
         assert (inside.abs() < 100).all()
     assert (logits.softmax(1) == 0).sum() == 4 * len(logits)
     with bench.learner.answering(), torch.no_grad():
@@ -100,6 +100,19 @@ def test_an_image_is_answered_by_the_head_it_was_routed_to_and_no_other(bench_of
             alone = F.linear(features, head.get(task_id, "weight"), head.get(task_id, "bias"))
             mine = logits[rows == task_id, 2 * task_id : 2 * task_id + 2]
             torch.testing.assert_close(mine, alone[rows == task_id], rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_an_image_was_not_routed_to_still_ranks_its_own_classes(bench_of):
+    bench = bench_of().learn(0, 1)
+    logits, rows = bench.logits(), bench.strategy.route(bench.batch())
+    with bench.learner.answering(), torch.no_grad():
+        features = bench.strategy(bench.batch())
+        for task_id in range(2):
+            elsewhere = rows != task_id
+            expected = bench.strategy._head(task_id, features).argmax(1)
+            assert expected[elsewhere].unique().numel() == 2  # else the lowest class alone would do
+            mine = logits[:, 2 * task_id : 2 * task_id + 2].argmax(1)
+            assert torch.equal(mine[elsewhere], expected[elsewhere])
 
 
 def test_the_router_sees_the_frozen_trunk_and_not_the_adapters(bench_of):
@@ -116,7 +129,7 @@ def test_domains_have_heads_over_the_same_classes_and_are_routed_by_k_means(benc
     bench = bench_of({"setting": "domain"}).learn(0, 1)
     assert bench.learner.seen_classes() == [0, 1]
     assert bench.logits().shape == (48, 2)
-    assert (bench.logits() > ELSEWHERE).all()
+    assert (bench.logits() > ELSEWHERE / 2).all()
     assert bench.strategy.inspect()["centroids"] == {"0": 5, "1": 5}
     assert bench_of().learn(0).strategy.inspect()["centroids"] == {"0": 2}
 

@@ -103,7 +103,8 @@ def test_the_answer_is_a_class_of_the_task_routed_to(bench_of):
     bench = bench_of().learn(0, 1, 2)
     rows = bench.strategy.route(bench.batch())
     assert torch.equal(bench.logits().argmax(1) // 2, rows)
-    assert ((bench.logits() == ELSEWHERE).sum(1) == 4).all()
+    low = bench.logits().amax(1, keepdim=True) + ELSEWHERE
+    assert ((bench.logits() <= low).sum(1) == 4).all()
 
 
 def test_the_released_distance_is_another_one(bench_of):

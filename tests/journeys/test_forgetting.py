@@ -7,6 +7,8 @@ import pytest
 from cl_platform.cli.app import run as command
 from cl_platform.cli.train import train
 
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
+
 SMALL = [
     "scenario.train_per_class=12", "scenario.test_per_class=6", "trainer.max_epochs=1", "trainer.progress=false",
     "scenario.skip_tasks=[3,4]", "logger=[csv]", "report.html=false", "evaluation=boundaries", "trainer.batch_size=12",
@@ -61,7 +63,7 @@ def test_wrong_words_end_in_one_line(trained, capsys, tmp_path):
     capsys.readouterr()
     for words, said in [
         (["--task", "9"], "error: --task=9: unknown"),
-        (["--task", "1", "--method", "magic"], "error: method=magic: unknown"),
+        (["--task", "1", "--method", "magic"], "error: --method=magic: unknown"),
         (["--task", "1", "--accept", "all"], "error: --accept=all: must be E-bit or E-law"),
         ([], "error: --task: no request was left open"),
     ]:

@@ -71,6 +71,7 @@ def test_a_run_leaves_everything_a_researcher_looks_at(whole_run):
     cost = json.loads((run / "cost.json").read_text())
     assert cost["images_trained"] == 5 * 24 * 2
     assert cost["updates"] == 5 * 3 * 2
+    assert all(task["flops_train_step"] > task["flops_eval_image"] > 0 for task in cost["tasks"])
     assert any((run / "tensorboard").iterdir())
     assert len((run / "csv" / "metrics.csv").read_text().splitlines()) > 5
     assert not list(run.rglob("*.pkl")) + list(run.rglob("*.ckpt")) + list(run.rglob("*.pt"))
@@ -89,52 +90,61 @@ def test_the_step_axis_runs_on_over_all_tasks(whole_run):
     assert steps[-1] == 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_goes_on_to_the_same_bytes(whole_run, tmp_path, number):
-    whole, _, _ = whole_run
-    run = tmp_path / "run"
-    process = command(*SMALL, f"run_dir={run}", cwd=tmp_path)
+def signalled(process, number, checkpoint):
+    """What a process prints on standard error that gets a signal as soon as it has written a checkpoint."""
     deadline = time.monotonic() + 200
-    while not (run / "checkpoints" / "task_1").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
     if process.returncode == 0:
         pytest.skip("the run was over before the signal came")
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert f"resume={run}" in err
-        assert "Traceback" not in err
-    how = [f"resume={run}"] if number == signal.SIGINT else [f"run_dir={run}", "resume=auto"]
-    resumed = command(*SMALL, *how, cwd=tmp_path)
-    _, err = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, err
+    return err
+
+
+def test_a_run_that_was_stopped_and_then_killed_goes_on_to_the_same_bytes(whole_run, tmp_path, capsys):
+    whole, _, _ = whole_run
+    run = tmp_path / "run"
+    words = [*SMALL, "logger=[]", "report.html=false"]
+    stopped = command(*words, f"run_dir={run}", cwd=tmp_path)
+    err = signalled(stopped, signal.SIGINT, run / "checkpoints" / "task_0")
+    assert stopped.returncode == 130
+    assert f"resume={run}" in err
+    assert "Traceback" not in err
+    killed = command(*words, f"resume={run}", cwd=tmp_path)
+    err = signalled(killed, signal.SIGKILL, run / "checkpoints" / "task_2")
+    assert killed.returncode == -signal.SIGKILL
     assert "resumed after task" in err
+    assert train([*words, f"run_dir={run}", "resume=auto"]) == 0
+    assert "resumed after task" in capsys.readouterr().err
     assert files_of(run, 4) == files_of(whole, 4)
+
+
+TWO = ("scenario.num_tasks=2", "scenario.train_per_class=4", "scenario.test_per_class=4", "logger=[]")
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(small_run, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        small_run(f"run_dir={tmp_path / name}", f"seed={seed}", "logger=[]")
-    first, again, other = (files_of(tmp_path / name, 4) for name in "abc")
+        small_run(f"run_dir={tmp_path / name}", f"seed={seed}", *TWO)
+    first, again, other = (files_of(tmp_path / name, 1) for name in "abc")
     assert first == again
-    assert first["checkpoints/task_4/model.safetensors"] != other["checkpoints/task_4/model.safetensors"]
+    assert first["checkpoints/task_1/model.safetensors"] != other["checkpoints/task_1/model.safetensors"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_run, tmp_path, caplog):
     run = tmp_path / "run"
-    small_run(f"run_dir={run}", "logger=[]")
-    before = files_of(run, 4)
+    small_run(f"run_dir={run}", *TWO)
+    before = files_of(run, 1)
     (run / "metrics.json").unlink()
-    broken = run / "checkpoints" / "task_4" / "model.safetensors"
+    broken = run / "checkpoints" / "task_1" / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-10])
     with caplog.at_level("WARNING", logger="cl_platform"):
         import logging
 
         logging.getLogger("cl_platform").propagate = True
-        small_run(f"run_dir={run}", "logger=[]", "resume=auto")
-    assert "task_4" in caplog.text
-    assert files_of(run, 4) == before
+        small_run(f"run_dir={run}", *TWO, "resume=auto")
+    assert "task_1" in caplog.text
+    assert files_of(run, 1) == before
 
 
 REFUSED = [
@@ -166,7 +176,7 @@ REFUSED = [
     (["evaluation.future_tasks=true"], ["evaluation.future_tasks"]),
     (["logger=[mlflow]"], ["logger=mlflow", "cl-platform[mlflow]"]),
     (["logger=null"], ["logger=null", "logger=[]"]),
-    (["plugins=[nope]"], ["plugins", "reserved"]),
+    (["plugins=[nope]"], ["plugins=nope", "there is no such module"]),
     (["scenario.class_order=[9,8"], ["scenario.class_order=[9,8"]),
     (["trainer.precision=foo"], ["trainer.precision=foo", "bf16-mixed"]),
     (["+trainer.lightning.foo=1"], ["trainer.lightning", "foo"]),
@@ -195,10 +205,16 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(words, expected, capsys,
     assert not os.listdir(tmp_path)
 
 
-def test_a_display_setting_does_not_stop_a_resume(small_run, tmp_path):
-    run = tmp_path / "run"
-    small_run(f"run_dir={run}", "strategy=nmc", "logger=[]")
-    small_run(f"run_dir={run}", "strategy=nmc", "logger=[]", "trainer.progress=true", "resume=auto")
+@pytest.fixture(scope="module")
+def finished(small_run, tmp_path_factory):
+    """A finished run, and its words."""
+    words = (f"run_dir={tmp_path_factory.mktemp('finished') / 'run'}", "strategy=nmc", "logger=[]")
+    small_run(*words)
+    return words
+
+
+def test_a_display_setting_does_not_stop_a_resume(small_run, finished):
+    small_run(*finished, "trainer.progress=true", "resume=auto")
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -206,17 +222,13 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_run_folder_is_not_overwritten(small_run, tmp_path, capsys):
-    small_run(f"run_dir={tmp_path / 'run'}", "strategy=nmc", "logger=[]")
-    assert train([f"run_dir={tmp_path / 'run'}", "strategy=nmc", *SMALL]) == 2
+def test_a_run_folder_is_not_overwritten(finished, capsys):
+    assert train([*finished[:2], *SMALL]) == 2
     assert "resume=auto" in capsys.readouterr().err
 
 
-def test_resuming_with_another_configuration_names_the_key(small_run, tmp_path, capsys):
-    small_run(f"run_dir={tmp_path / 'run'}", "strategy=nmc", "logger=[]")
-    assert (
-        train([f"run_dir={tmp_path / 'run'}", "strategy=nmc", "resume=auto", "scenario.num_tasks=2", *SMALL[:2]]) == 2
-    )
+def test_resuming_with_another_configuration_names_the_key(finished, capsys):
+    assert train([*finished[:2], "resume=auto", "scenario.num_tasks=2", *SMALL[:2]]) == 2
     assert re.search(r"scenario\.num_tasks|trainer", capsys.readouterr().err)
 
 

@@ -5,6 +5,8 @@ import pytest
 from cl_platform.errors import UserError
 from cl_platform.learner import ContinualLearner
 
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
+
 
 def test_out_of_memory_suggests_a_batch_size(small_run, monkeypatch, tmp_path):
     def explode(self, batch, batch_idx):
@@ -17,11 +19,6 @@ def test_out_of_memory_suggests_a_batch_size(small_run, monkeypatch, tmp_path):
     assert "accumulate_grad_batches" in str(refused.value)
 
 
-def test_a_loss_that_is_not_finite_names_the_learning_rate(small_run, tmp_path):
-    with pytest.raises(UserError, match=r"optimizer.lr=1e\+30"):
-        small_run("strategy=finetune", "optimizer.lr=1e30", f"run_dir={tmp_path / 'run'}")
-
-
 def test_a_finished_run_resumes_to_itself(small_run, tmp_path):
     run = tmp_path / "run"
     first = small_run("strategy=linear_probe", f"run_dir={run}", "logger=[]")
@@ -29,7 +26,7 @@ def test_a_finished_run_resumes_to_itself(small_run, tmp_path):
     assert again.metrics == first.metrics
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "csv"])
-def test_each_logger_leaves_its_files(logger, small_run, tmp_path):
-    small_run("strategy=linear_probe", f"logger=[{logger}]", f"run_dir={tmp_path / 'run'}")
-    assert any((tmp_path / "run" / logger).iterdir())
+def test_each_logger_leaves_its_files(small_run, tmp_path):
+    small_run("strategy=linear_probe", "logger=[tensorboard,csv]", f"run_dir={tmp_path / 'run'}")
+    for logger in ("tensorboard", "csv"):
+        assert any((tmp_path / "run" / logger).iterdir())

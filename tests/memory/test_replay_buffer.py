@@ -8,14 +8,15 @@ from cl_platform.config import typed
 from cl_platform.errors import UserError
 from cl_platform.memory.balanced import ClassBalanced
 from cl_platform.memory.buffer import ReplayBuffer
-from cl_platform.memory.build import POLICIES, BufferConfig, build_buffer
+from cl_platform.memory.build import BufferConfig, build_buffer
 from cl_platform.memory.columns import bytes_per_slot, slots_for_bytes
 from cl_platform.memory.herding import Herding
 from cl_platform.memory.policies import Offers, Reservoir, Ring
 from cl_platform.random_streams import stream
+from cl_platform.registry import buffer_policies
 
 SHAPE = (3, 4, 4)
-STEP_POLICIES = [name for name, policy in POLICIES.items() if policy.when == "step"]
+STEP_POLICIES = [n for n in buffer_policies.names() if buffer_policies.get(n).when == "step"]
 
 
 def pixels(ids):

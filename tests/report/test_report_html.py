@@ -11,6 +11,7 @@ from run_folders import Made, write_run
 from cl_platform.cli.app import run as command
 from cl_platform.errors import UserError
 from cl_platform.metrics import REASONS
+from cl_platform.metrics.built_in import definition
 from cl_platform.report import words
 from cl_platform.report.html import render, write_report
 from cl_platform.report.run_view import SPACE_OF_SETTING, read_run
@@ -127,7 +128,7 @@ def test_key_numbers_have_value_id_and_definition(finished):
     for key in words.LABELS:
         entry = metrics[key]
         assert words.with_unit(entry["value"], key, entry["unit"]) in text
-        assert f"{key} {entry['id']}: {words.definition(key).text}" in text
+        assert f"{key} {entry['id']}: {definition(key).text}" in text
 
 
 def test_every_metric_is_in_the_table(finished):

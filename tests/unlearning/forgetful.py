@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from cl_platform.backbones import Backbone
+from cl_platform.copies import copied
 from cl_platform.learner import ContinualLearner, LearnerOptions
 from cl_platform.optimizers import OptimizerConfig
 from cl_platform.random_streams import RUN_LEVEL, seeded_globals
 from cl_platform.scenarios import ImageSet, Stream, Task, TransformConfig, Transforms
 from cl_platform.strategies import build_strategies
 from cl_platform.unlearning.approximate import ApproximateRequest, build_method
-from cl_platform.unlearning.approximate.copies import copied
 from cl_platform.unlearning.approximate.work import Work
 
 SIDE, WIDTH, PER_CLASS = 8, 12, 10

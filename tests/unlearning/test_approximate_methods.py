@@ -21,7 +21,7 @@ from forgetful import (
 from cl_platform.errors import UserError
 from cl_platform.random_streams import RUN_LEVEL
 from cl_platform.registry import unlearning_methods
-from cl_platform.unlearning.approximate import build_method
+from cl_platform.unlearning.approximate import base, build_method
 
 NAMES = unlearning_methods.names()
 QUICK = {"boundary_shrink": {"epochs": 1}, "boundary_expand": {"epochs": 1}, "scar": {"epochs": 1}}
@@ -92,6 +92,16 @@ def test_a_task_is_forgotten_and_the_others_are_kept(name):
     assert accuracy(learner, stream.task(1).train) < 0.5
     assert report.checks["retain_accuracy_after"] >= 0.5 * report.checks["retain_accuracy_before"]
     assert report.checks["retain_images"] == 40
+
+
+def test_a_method_that_lowers_nothing_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(base.log, "warning", lambda text, *values: said.append(text % values))
+    report = method("grad_ascent", lr=1e-9, epochs=1).apply(taught(), asked())
+    assert report.checks["forget_accuracy_after"] == report.checks["forget_accuracy_before"] > 0.9
+    assert said[0].startswith("grad_ascent did not lower the accuracy on the images to forget: ")
+    method("grad_ascent", lr=0.02, epochs=50).apply(taught(), asked())
+    assert len(said) == 1
 
 
 def test_a_ruined_copy_never_replaces_the_model():

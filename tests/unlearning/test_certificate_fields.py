@@ -35,6 +35,14 @@ def test_a_draft_has_no_problem(draft):
     assert problems(draft[0], NAMES) == []
 
 
+def test_a_class_may_be_called_like_a_value_of_a_key(draft):
+    made = draft[0]
+    made["method"]["params"] = {"optimizer": "adam", "checks": {"retain_split": "train"}}
+    assert problems(made, ["train", "Adam"]) == []
+    made["method"]["params"]["word"] = "maple"
+    assert problems(made, ["train", "maple"])
+
+
 def test_components_say_what_became_of_each_tensor(draft):
     made, before, after, journal = draft
     entries = {entry["name"]: entry for entry in made["components"]}

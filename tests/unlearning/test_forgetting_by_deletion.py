@@ -13,6 +13,8 @@ from cl_platform.unlearning.canonical import compare_files
 from cl_platform.unlearning.engine import Wish
 from cl_platform.unlearning.forgotten import read
 
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
+
 THREE, FOUR = "scenario.skip_tasks=[3,4]", "scenario.skip_tasks=[4]"
 
 

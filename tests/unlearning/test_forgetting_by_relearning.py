@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from shelf import Shelf, forget, learn, newest
+from tiny import SHAPED
 
 from cl_platform.errors import UserError
 from cl_platform.requests import paused
@@ -13,7 +14,10 @@ from cl_platform.unlearning.canonical import compare_files
 from cl_platform.unlearning.engine import Wish
 from cl_platform.unlearning.forgotten import read
 
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
+
 PLAIN = "strategy=linear_probe"
+CODA = ("strategy.coda_prompt.num_components=10", f"strategy.coda_prompt.layers={SHAPED['layers']}")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +32,12 @@ def same(run, reference):
     return True
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "er", "coda_prompt"])
-def test_relearning_gives_the_bytes_of_a_run_that_never_saw_the_task(shelf, tmp_path, strategy):
-    run = shelf.copy(tmp_path / "run", f"strategy={strategy}", "scenario.skip_tasks=[3,4]")
-    reference = shelf.reference(f"strategy={strategy}", "scenario.skip_tasks=[1,3,4]")
+@pytest.mark.parametrize(
+    "words", [("strategy=finetune",), ("strategy=er",), ("strategy=coda_prompt", *CODA)], ids=lambda words: words[0]
+)
+def test_relearning_gives_the_bytes_of_a_run_that_never_saw_the_task(shelf, tmp_path, words):
+    run = shelf.copy(tmp_path / "run", *words, "scenario.skip_tasks=[3,4]")
+    reference = shelf.reference(*words, "scenario.skip_tasks=[1,3,4]")
     assert not compare_files(newest(run), newest(reference)).equal
     assert forget(run, 1, "rollback")["level"] == "E-bit"
     assert same(run, reference)

@@ -9,6 +9,8 @@ from cl_platform.errors import UserError
 from cl_platform.run_folder import checkpoint_positions
 from cl_platform.unlearning.canonical import compare_files
 
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
+
 CLPU = ("strategy=[clpu,derpp]", "strategy.clpu.per_task=4", "strategy.clpu.memory_batch=4")
 
 
@@ -20,6 +22,13 @@ def test_a_task_learnt_temporarily_and_forgotten_leaves_no_byte(tmp_path):
     found = compare_files(newest(run), newest(reference))
     assert found.equal, found.differences
     assert result.metrics["tasks"] == [0, 1]
+    told = json.loads((run / "instructions.json").read_text())
+    assert [(e["instruction"], sorted(map(int, e["right_of"]["cil"]))) for e in told["after"]] == [
+        ("R0", [0]), ("T1", [0, 1]), ("T2", [0, 1, 2]), ("R1", [0, 1, 2]), ("F2", [0, 1]), ("T3", [0, 1, 3]),
+        ("F3", [0, 1]),
+    ]  # fmt: skip
+    assert set(told["averages"]) == {"cil", "til"}
+    assert 0 <= told["averages"]["til"]["accuracy"] <= 1
     certificates = [json.loads(path.read_text()) for path in (run / "unlearning").glob("certificate_*.json")]
     assert sorted((c["target"]["task_id"], c["level"], c["target"]["trigger"]) for c in certificates) == [
         (2, "E-bit", "sequence"), (3, "E-bit", "sequence"),
@@ -45,7 +54,8 @@ def test_an_interrupted_sequence_goes_on_where_it_was(tmp_path, monkeypatch):
             learn(stopped, *words)
     learn(stopped, *words, "resume=auto")
     assert compare_files(newest(whole), newest(stopped)).equal
-    assert (whole / "accuracy_matrix.csv").read_text() == (stopped / "accuracy_matrix.csv").read_text()
+    for name in ("accuracy_matrix.csv", "instructions.json"):
+        assert (whole / name).read_text() == (stopped / name).read_text()
 
 
 @pytest.mark.parametrize(

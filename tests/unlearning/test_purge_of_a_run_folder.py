@@ -16,7 +16,7 @@ from cl_platform.unlearning import redaction, scan
 from cl_platform.unlearning.audit import check_pinned
 from cl_platform.unlearning.completion import finish
 from cl_platform.unlearning.journal import FOLDER
-from cl_platform.unlearning.purge import data_cache_folders, leftovers, plan_purge
+from cl_platform.unlearning.purge import leftovers, plan_purge
 
 
 @pytest.fixture
@@ -292,16 +292,18 @@ def test_a_second_request_is_refused_while_one_is_open(run):
         journals.begin(run, {})
 
 
-def test_the_data_cache_goes_only_if_it_was_asked_for(run, tmp_path):
-    cache = tmp_path / "cache"
-    for name in ("entries/abc/train.npy", "index/k.json", "other/file"):
-        (cache / name).parent.mkdir(parents=True)
+def test_of_the_data_cache_goes_what_was_asked_for_and_nothing_beside_it(run, tmp_path):
+    cache, mine, other = tmp_path / "cache", "a" * 40, "b" * 40
+    for name in (f"entries/{mine}/about.json", f"index/{mine}.json", f"entries/{other}/train.npy", "other/file"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(b"x")
     journal, log, actions = opened(run)
-    draft = journal.plan()[1]
-    journal.commit(actions, draft, outside=data_cache_folders(cache))
+    asked = [f"entries/{mine}", f"index/{mine}.json", "other/file", "entries", "."]
+    journal.commit(actions, journal.plan()[1], outside=[cache / name for name in asked])
     finish(journal, log, NAMES)
-    assert sorted(p.name for p in cache.iterdir()) == ["other"]
+    assert sorted(p.relative_to(cache).as_posix() for p in cache.rglob("*") if p.is_file()) == [
+        f"entries/{other}/train.npy", "other/file",
+    ]  # fmt: skip
     assert str(tmp_path) not in (run / "unlearning/audit.jsonl").read_text()
 
 

@@ -111,12 +111,15 @@ class Trainer:
         (folder / "metrics.json").write_text("{}")
 
 
-def maker(tmp_path, trainer, gone=(1,), numerics=None, owner="run a", **config):
+def maker(tmp_path, trainer, gone=(1,), numerics=None, owner="run a", data="d", **config):
     run = tmp_path / "run"
     if not run.exists():
         run_of(run, updates=10, images_trained=10, seconds_total=1.0)
     given = {**CONFIG, "output_root": str(tmp_path / "out"), **config}
-    return Maker(run, given, gone, numerics or {"torch": "2"}, trainer, lambda line: None, owner)
+    sources = {"data": data, "code": "c"}
+    return Maker(
+        run, given, gone, numerics or {"torch": "2"}, trainer, lambda made: sources, lambda line: None, owner
+    )  # fmt: skip
 
 
 def test_a_reference_is_trained_once_for_each_configuration_seed_and_fingerprint(tmp_path):
@@ -130,10 +133,23 @@ def test_a_reference_is_trained_once_for_each_configuration_seed_and_fingerprint
         maker(tmp_path, trainer, numerics={"torch": "3"}),
         maker(tmp_path, trainer, gone=(1, 2)),
         maker(tmp_path, trainer, seed=4),
+        maker(tmp_path, trainer, data="other images"),
     ):
         assert not other.obtain().cached
     assert not maker(tmp_path, trainer).obtain(seed=5).cached
-    assert len({call["run_dir"] for call in trainer.calls}) == 5
+    assert len({call["run_dir"] for call in trainer.calls}) == 6
+
+
+def test_what_a_run_writes_after_it_relearnt_without_the_task_names_no_other_reference(tmp_path):
+    trainer = Trainer()
+    first = maker(tmp_path, trainer).obtain()
+    run_of(tmp_path / "after", updates=7)
+    left = json.loads((tmp_path / "after" / "environment.json").read_text())
+    left["dataset"]["digest"] = "of two tasks"
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(left))
+    again = maker(tmp_path, trainer).obtain()
+    assert again.cached
+    assert again.folder == first.folder
 
 
 def test_a_reference_that_broke_off_is_gone_on_with(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from cl_platform.unlearning.approximate.work import Work
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
     from cl_platform.scenarios import ImageSet, Task
+
+log = logging.getLogger("cl_platform")
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,9 @@ class ApproximateMethod(ABC):
         eager = torch.compiler.set_stance("force_eager") if learner.backbone.compiled else nullcontext()
         with eager, torch.enable_grad():
             work = Work(learner, request, self.name)
-            before = work.retained_accuracy()
+            before, known = work.retained_accuracy(), work.forget_accuracy()
             facts = self.unlearn(work)
-            checks = self._checks(work, request, before)
+            checks = {**self._checks(work, request, before), **self._effect(work, known)}
         work.replace(learner)
         return ApproximateReport(
             method=self.name,
@@ -138,6 +141,17 @@ class ApproximateMethod(ABC):
                 **facts,
             },
         )
+
+    def _effect(self, work: Work, before: float) -> dict[str, float]:
+        """Accuracy on the images to forget before and after; a method that did not lower it says so."""
+        after = work.forget_accuracy()
+        if after >= before > 0:
+            log.warning(
+                "%s did not lower the accuracy on the images to forget: %.1f %% before, %.1f %% after; "
+                "strengthen unlearning.%s, or use unlearning.method=rollback",
+                self.name, 100 * before, 100 * after, self.name,
+            )  # fmt: skip
+        return {"forget_accuracy_before": before, "forget_accuracy_after": after}
 
     def _refuse_missing(self, request: ApproximateRequest) -> None:
         if not len(request.forget):

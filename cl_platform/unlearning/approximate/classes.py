@@ -13,6 +13,7 @@ from cl_platform.heads import columns_of, targets_among
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
+    from cl_platform.unlearning.approximate.base import ApproximateRequest
 
 
 class Classes:
@@ -98,3 +99,14 @@ class Classes:
     def chance(self) -> float:
         """Share of the task's images that a guess among the remaining classes would get right."""
         return 1 / len(self.own if self.setting == "task" else self.remaining)
+
+
+def check_images(learner: ContinualLearner, request: ApproximateRequest) -> None:
+    """A ValueError where images stand under a task that they are not of."""
+    owners, going = learner.owners, request.task.task_id
+    sets = [(going, request.forget), *request.retain.items(), *request.validation.items()]
+    for number, (task_id, images) in enumerate(sets):
+        if number and (task_id == going or task_id not in owners.learnt):
+            raise ValueError(f"task {task_id} is no kept task, and images of it are to be retained")
+        if task_id in owners.learnt and not set(images.labels.tolist()) <= set(owners.classes(task_id)):
+            raise ValueError(f"some images given for task {task_id} are of no class of it")

@@ -1,32 +1,15 @@
-"""A copy of a learner, and what in it the strategies ever trained."""
+"""What the strategies of a learner ever trained, found out on a copy of it."""
 
 from __future__ import annotations
 
-import copy
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cl_platform.copies import copied
 from cl_platform.scenarios import Task
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
     from cl_platform.scenarios import ImageSet
-
-SPLITS = ("train", "validation", "test")
-
-
-def copied(learner: ContinualLearner) -> ContinualLearner:
-    """A copy with tensors of its own, outside any trainer, in float32 throughout.
-
-    Images and kept features are shared: they are only read.
-    """
-    task = learner.task
-    shared: list[Any] = [learner._trainer, learner.timed, task, learner._last_step, learner.terms]
-    shared += [getattr(getattr(task, split, None), "source", None) for split in SPLITS]
-    shared += [tensor for kept in learner.cache._kept.values() for tensor in kept]
-    twin = copy.deepcopy(learner, {id(entry): entry for entry in shared if entry is not None})
-    twin._trainer, twin.timed, twin._last_step, twin.terms = None, nullcontext, None, {}
-    return twin
 
 
 def begin(twin: ContinualLearner, task_id: int, images: ImageSet) -> None:

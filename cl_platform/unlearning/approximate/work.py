@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_platform.batch import Batch
+from cl_platform.copies import copied
 from cl_platform.errors import UserError
 from cl_platform.evaluation import EVALUATION_BATCH, answered
 from cl_platform.finetuning import STATISTICS
 from cl_platform.random_streams import RUN_LEVEL, stream
 from cl_platform.scenarios.mixture import concatenate
-from cl_platform.unlearning.approximate.classes import Classes
-from cl_platform.unlearning.approximate.copies import begin, copied, trained_names
+from cl_platform.unlearning.approximate.classes import Classes, check_images
+from cl_platform.unlearning.approximate.copies import begin, trained_names
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
@@ -91,7 +92,7 @@ class Work:
         self.method, self.task, self.seed = method, request.task, request.seed
         self.device = torch.device(request.device)
         self.counted = Counted()
-        _check_images(learner, request)
+        check_images(learner, request)
         names = trained_names(learner, request.forget)
         if not names:
             raise self._nothing(learner)
@@ -191,7 +192,8 @@ class Work:
     def replace(self, learner: ContinualLearner) -> None:
         """Give the learner what was trained, and the statistics that followed; all else keeps its bits.
 
-        What has changed was shaped by all images that were read, those to forget among them: its owner records say so.
+        What was measured with the network is measured anew. What has changed was shaped by all images that were read,
+        those to forget among them: its owner records say so.
         """
         live = dict(learner.named_parameters())
         for name, parameter in self.parameters.items():
@@ -201,6 +203,7 @@ class Work:
             kept[name].copy_(statistic)
         learner.cache.refresh()
         self._note_owners(learner)
+        learner.composition.remeasure()
 
     def _note_owners(self, learner: ContinualLearner) -> None:
         owners, readers = learner.owners, [self.task.task_id, *self.pools]
@@ -357,12 +360,14 @@ class Work:
     def forget_accuracy(self) -> float:
         """Share of the images to forget that are answered right, the rows of their classes being there."""
         own = self.classes.own if self.learner.setting == "task" else self.classes.seen
+        self.learner.composition.remeasure()
         right, count = self._right(self.forget, len(self.forget), own)
         return right / count
 
     def retained_accuracy(self) -> float | None:
         """Share of kept tasks' images answered right among the classes that remain; ``None`` without such images."""
         right = count = 0
+        self.learner.composition.remeasure()
         for task_id, pool in self._checked.items():
             more = self._right(pool, CHECKED, self.classes.among(task_id))
             right, count = right + more[0], count + more[1]
@@ -379,17 +384,6 @@ class Work:
             logits = composition.predict(batch).float()
             right += (answered(logits, composition.seen_classes(), among) == batch.labels).sum()
         return int(right), len(order)
-
-
-def _check_images(learner: ContinualLearner, request: ApproximateRequest) -> None:
-    """A ValueError where images stand under a task that they are not of."""
-    owners, going = learner.owners, request.task.task_id
-    sets = [(going, request.forget), *request.retain.items(), *request.validation.items()]
-    for number, (task_id, images) in enumerate(sets):
-        if number and (task_id == going or task_id not in owners.learnt):
-            raise ValueError(f"task {task_id} is no kept task, and images of it are to be retained")
-        if task_id in owners.learnt and not set(images.labels.tolist()) <= set(owners.classes(task_id)):
-            raise ValueError(f"some images given for task {task_id} are of no class of it")
 
 
 def _size(trained: dict[str, nn.Parameter], names: list[str]) -> int:

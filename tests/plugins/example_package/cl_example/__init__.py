@@ -1,0 +1,1 @@
+"""An installed plug-in with one of everything."""
