@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning as L
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 
 from cl_platform.errors import UserError
 from cl_platform.run_config import TrainerConfig
@@ -66,6 +67,11 @@ def build_trainer(config: TrainerConfig, callbacks: list[L.Callback]) -> L.Train
         raise UserError(
             "trainer.devices", config.devices, "a run is one process on one device",
             "Write trainer.devices=1, or a list of one such as [2]; hydra/launcher=joblib starts runs side by side",
+        )  # fmt: skip
+    if isinstance(trainer.precision_plugin, (DoublePrecision, HalfPrecision)):  # statistics keep their own types
+        raise UserError(
+            "trainer.precision", config.precision, "all numbers of a learner in one other format cannot be trained",
+            "Write trainer.precision=bf16-mixed, 16-mixed or 32-true",
         )  # fmt: skip
     return trainer
 

@@ -3,47 +3,23 @@
 import pytest
 import torch
 from tiny import begun, config_of, digits, trainer_for
-from torch.overrides import TorchFunctionMode
 
 import cl_platform.strategies  # noqa: F401
 from cl_platform import registry
 from cl_platform.scenarios import TaskLoader
 from cl_platform.slots import Slots
+from cl_platform.testing.stepping import NOTHING, NoBlockingCopies, autocast_without_numbers
 
 READS = {  # name -> keys under which it does so at every step
     "gem": {},  # its Gram matrix goes to a solver on the host
     "online_lora": {"window": 2},  # one truth value, whether to fold an adapter in
 }
-NOTHING = torch.device("meta")
-
-
-class NoBlockingCopies(TorchFunctionMode):
-    """Refuses copies from the host for which it would wait."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ("tensor", "as_tensor") and made.device == NOTHING:
-            raise AssertionError(f"torch.{name}(..., device=...) waits for its copy")
-        moves = name in ("to", "copy_", "cuda") and isinstance(made, torch.Tensor) and made.device == NOTHING
-        if moves and args[0].device != NOTHING and not kwargs.get("non_blocking"):
-            raise AssertionError("a copy to the device without non_blocking=True")
-        for index in args[1:] if name == "__getitem__" and args[0].device == NOTHING else ():
-            for part in index if isinstance(index, tuple) else (index,):
-                if isinstance(part, list) or (isinstance(part, torch.Tensor) and part.device != NOTHING):
-                    raise AssertionError("an index from the host is copied while the host waits")
-        return made
 
 
 @pytest.fixture(autouse=True)
-def _a_device_without_numbers(monkeypatch):
-    real = torch.autocast
-
-    def autocast(device_type, **keys):
-        return real("cpu" if device_type == "meta" else device_type, **keys)
-
-    monkeypatch.setattr(torch, "autocast", autocast)
+def _a_device_without_numbers():
+    with autocast_without_numbers():
+        yield
 
 
 def step_without_numbers(name, batches=2):

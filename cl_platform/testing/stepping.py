@@ -133,7 +133,7 @@ class NoBlockingCopies(TorchFunctionMode):
 
 
 @contextmanager
-def _autocast_without_numbers() -> Iterator[None]:
+def autocast_without_numbers() -> Iterator[None]:
     """Autocast regions of the device without numbers are those of the CPU, off as they are."""
     real = torch.autocast
 
@@ -164,7 +164,7 @@ def _step_without_numbers(learner: ContinualLearner, task: Task) -> None:
     learner.context.optimizer = lambda: optimizer
     loader = TaskLoader(task.train, task.task_id, BATCH, learner.options.seed)
     moved = learner.transfer_batch_to_device(next(iter(loader)), NOTHING, 0)
-    with _autocast_without_numbers(), NoBlockingCopies():
+    with autocast_without_numbers(), NoBlockingCopies():
         learner.training_step(moved, 0).backward()
         learner.on_after_backward()
         learner.on_before_optimizer_step(optimizer)

@@ -176,6 +176,7 @@ REFUSED = [
     (["evaluation.future_tasks=true"], ["evaluation.future_tasks"]),
     (["logger=[mlflow]"], ["logger=mlflow", "cl-platform[mlflow]"]),
     (["logger=null"], ["logger=null", "logger=[]"]),
+    (["trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
     (["plugins=[nope]"], ["plugins=nope", "there is no such module"]),
     (["scenario.class_order=[9,8"], ["scenario.class_order=[9,8"]),
     (["trainer.precision=foo"], ["trainer.precision=foo", "bf16-mixed"]),
