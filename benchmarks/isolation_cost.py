@@ -17,13 +17,10 @@ over ``--task-steps`` steps. Ratios are medians of those of the rounds.
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import framing
 import lightning as L
 import torch
 from step_cost import BATCH, StepTimer, random_stream
@@ -44,7 +42,6 @@ from cl_platform.heads import Head
 from cl_platform.ownership import Ownership
 from cl_platform.run_config import parse
 from cl_platform.scenarios import Stream, Task, TaskLoader
-from cl_platform.trainer import quiet_libraries
 from cl_platform.unlearning.drop import drop
 from cl_platform.unlearning.lineage import WriteCheck
 from cl_platform.unlearning.pieces import Before
@@ -159,22 +156,10 @@ def median(values: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a task")
+    parser = framing.parser(__doc__, 8, "timed steps of a task", STRATEGIES)
     parser.add_argument("--task-steps", type=int, default=100, help="steps of a task over which its check is shared")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--strategies", default=STRATEGIES)
-    parser.add_argument("--save", type=Path, help="also write what is printed to a file")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    quiet_libraries()
-    warnings.filterwarnings("ignore")
-    lines = [
-        f"command: python {' '.join(sys.argv)}",
-        f"machine: {platform.machine()}, {os.cpu_count()} cores; {options.threads} thread(s)",
-        f"versions: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}",
-    ]
+    lines = framing.begin(options.threads)
     stream = random_stream(TASKS * BATCH * (options.steps + WARM_UP), classes=CLASSES, num_tasks=TASKS)
     few = random_stream(TASKS * 2 * BATCH, classes=CLASSES, num_tasks=TASKS)
     timed = {name: Timed(name, stream, few) for name in options.strategies.split(",")}
@@ -198,9 +183,7 @@ def main() -> None:
         whole = median([(r[2] + r[4] / options.task_steps) / r[3] for r in rounds])
         values = (bare, request, apart, without, check, steps, whole)
         lines.append(f"{name:12s}" + "".join(f" {value:10.4f}" for value in values))
-    print("\n".join(lines))
-    if options.save:
-        options.save.write_text("\n".join(lines) + "\n")
+    framing.end(lines, options.save)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,19 @@ finetuning's own work on parameters, which no replayed image repeats, is not neg
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
 import sys
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import framing
 import lightning as L
-import torch
 from step_cost import BATCH, StepTimer, learner_of, random_stream
 
 from cl_platform.scenarios import Stream, Task, TaskLoader
-from cl_platform.trainer import quiet_libraries
 
 DRAW, CANDIDATES, SIZE, TASKS = 16, 50, 100, 2
 RHO = DRAW / BATCH
@@ -99,21 +95,9 @@ def table(rounds: dict[str, list[float]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--strategies", default=",".join(COUNTS), help="names, finetune is always among them")
-    parser.add_argument("--save", type=Path, help="also write what is printed to a file")
+    parser = framing.parser(__doc__, 4, "timed steps of a round", ",".join(COUNTS))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    quiet_libraries()
-    warnings.filterwarnings("ignore")
-    lines = [
-        f"command: python {' '.join(sys.argv)}",
-        f"machine: {platform.machine()}, {os.cpu_count()} cores; {options.threads} thread(s)",
-        f"versions: python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}",
-    ]
+    lines = framing.begin(options.threads)
     names = dict.fromkeys(["finetune", *options.strategies.split(",")])
     stream = random_stream(TASKS * max(BATCH * (options.steps + WARM_UP + 1), SIZE), num_tasks=TASKS)
     timed = {name: Timed(name, stream) for name in names}
@@ -122,9 +106,7 @@ def main() -> None:
         for name, learner in timed.items():
             rounds[name].append(learner.round())
     lines += table(rounds)
-    print("\n".join(lines))
-    if options.save:
-        options.save.write_text("\n".join(lines) + "\n")
+    framing.end(lines, options.save)
 
 
 if __name__ == "__main__":

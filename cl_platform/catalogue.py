@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import re
 import sys
@@ -56,8 +55,8 @@ def entries(files: Files) -> list[Entry]:
     Args:
         files: finds the configuration file of a built-in choice, whose first comment is its summary.
     """
-    _register_all()
-    brought = {pair: plugin.source for plugin in plugins.report() for pair in plugin.brings}
+    plugins.register_built_in()
+    brought = _sources()
     made = []
     for kind in registry.KINDS:
         for name in kind.names():
@@ -67,9 +66,9 @@ def entries(files: Files) -> list[Entry]:
     return sorted(made, key=lambda entry: (list(PLURALS).index(entry.kind), entry.name))
 
 
-def _register_all() -> None:
-    for module in plugins.BUILT_IN:
-        importlib.import_module(module)
+def _sources() -> dict[tuple[str, str], str]:
+    """(kind, name) of what plug-ins bring -> the plug-in."""
+    return {pair: plugin.source for plugin in plugins.report() for pair in plugin.brings}
 
 
 def _metrics() -> Iterator[Entry]:
@@ -106,7 +105,7 @@ def found(name: str, kinds: str | None = None) -> registry.Registry:
     Raises:
         UserError: nothing is called so (with the nearest names), or several things are.
     """
-    _register_all()
+    plugins.register_built_in()
     plugins.load_installed()
     having = [kind for kind in registry.KINDS if name in kind and kinds in (None, kind.kind)]
     if not having:
@@ -129,14 +128,13 @@ def describe(kind: registry.Registry, name: str, files: Files) -> dict[str, Any]
         files: as for :func:`entries`.
     """
     thing = kind.get(name)
-    brought = {pair: plugin.source for plugin in plugins.report() for pair in plugin.brings}
     facts: dict[str, Any] = {
         "kind": kind.kind,
         "name": name,
         "choose": _chosen_by(kind, name),
         "summary": _summary(kind, name, files),
         "about": _about(thing),
-        "origin": brought.get((kind.kind, name), "built in"),
+        "origin": _sources().get((kind.kind, name), "built in"),
         "defined": registry.origin(thing),
         "parameters": parameters(kind, name, files),
     }

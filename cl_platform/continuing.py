@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from cl_platform.errors import UserError
 from cl_platform.run import Course, carry_on
 from cl_platform.run_config import parse
-from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, to_yaml
+from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, read_config, to_yaml
 from cl_platform.scenarios.extended import shares_classes
 from cl_platform.strategies.phases import Phase
 from cl_platform.trainer import quiet_libraries
@@ -34,26 +33,6 @@ ANEW = "Train a new run on all of the data"
 log = logging.getLogger("cl_platform")
 
 
-def raw_of(path: Path) -> dict[str, Any]:
-    """The resolved configuration that stands in a run folder.
-
-    Raises:
-        UserError: no run folder, or a file that cannot be understood.
-    """
-    if not path.is_dir():
-        raise UserError("run", path, "there is no such folder", "Name the folder that a run printed as its run folder")
-    try:
-        raw = yaml.safe_load((path / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        hint = "Name the folder that a run printed as its run folder"
-        raise UserError("run", path, f"holds no {FILE}, so it is no run folder", hint) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError("run", path, f"{FILE} cannot be read ({_line(error)})", "Restore the file") from error
-    if not isinstance(raw, dict):
-        raise UserError("run", path, f"{FILE} holds no keys", "Restore the file")
-    return raw
-
-
 def finished(path: Path) -> bool:
     """Whether a run has come to its end."""
     return (path / RESULTS[0]).is_file()
@@ -69,7 +48,7 @@ def resume(path: Path) -> RunResult | None:
         UserError: no run folder, a damaged one, or one that another process writes to.
         Interrupted: Ctrl-C or SIGTERM, after the running step.
     """
-    config = _going_on(path, raw_of(path))
+    config = _going_on(path, read_config(path))
     folder = RunFolder(path)
     try:
         return None if finished(path) and not _open_request(path) else carry_on(config, folder)
@@ -93,7 +72,7 @@ def extend(path: Path, extension: Mapping[str, Any]) -> RunResult:
         Interrupted: Ctrl-C or SIGTERM, after the running step.
     """
     quiet_libraries()
-    raw = raw_of(path)
+    raw = read_config(path)
     folder = RunFolder(path)
     try:
         checkpoint = _last(path)

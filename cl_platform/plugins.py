@@ -8,6 +8,7 @@ module may say for which version of the contract it was written, as ``CL_PLATFOR
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -66,13 +67,19 @@ def load_installed() -> list[Plugin]:
         all of them, broken ones included.
     """
     loaded = []
-    for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
+    for point in _points(tuple(sys.path)):
         package = f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
         key = f"{package}: {point.name}"
         if key not in _found:
             _found[key] = _tried(point, package)
         loaded.append(_found[key])
     return loaded
+
+
+@functools.cache
+def _points(places: tuple[str, ...]) -> list[importlib.metadata.EntryPoint]:
+    """The entry points of all packages in some places; reading them takes long enough to be done once."""
+    return sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
 
 
 def _tried(point: importlib.metadata.EntryPoint, package: str) -> Plugin:
@@ -194,10 +201,15 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
-def _registered() -> list[tuple[dict[str, Any], ...]]:
-    """What is registered by now, all that is built in included: a clash is then the plug-in's."""
+def register_built_in() -> None:
+    """Import all modules that register something."""
     for module in BUILT_IN:
         importlib.import_module(module)
+
+
+def _registered() -> list[tuple[dict[str, Any], ...]]:
+    """What is registered by now, all that is built in included: a clash is then the plug-in's."""
+    register_built_in()
     return [kind.state() for kind in registry.KINDS]
 
 

@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from cl_platform import registry
 from cl_platform.errors import UserError
 from cl_platform.run import Course, carry_on
 from cl_platform.run_config import parse
-from cl_platform.run_folder import RunFolder, checkpoints
+from cl_platform.run_folder import RunFolder, checkpoints, read_config
 from cl_platform.scenarios.bare import Bare
 from cl_platform.site import Site
 from cl_platform.trainer import quiet_libraries
@@ -134,11 +132,7 @@ def configuration_of(path: Path, given: Stream | None = None) -> RunConfig:
     Raises:
         UserError: there is no run, or one with a strategy that nothing here registers.
     """
-    file = path / "config.yaml"
-    if not file.is_file():
-        hint = "Name the folder that a run printed as its run folder"
-        raise UserError("run", path, "holds no config.yaml, so it is no run folder", hint)
-    config = parse(yaml.safe_load(file.read_text()))
+    config = parse(read_config(path))
     unknown = next((name for name in config.strategy if name not in registry.strategies), None)
     if unknown is not None:  # a class that a script or a notebook gave, or a plug-in that was uninstalled
         raise UserError(

@@ -34,6 +34,25 @@ def to_yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved configuration that stands in a run folder.
+
+    Raises:
+        UserError: no run folder, or a damaged file.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = "it has no readable config.yaml" if run.is_dir() else "there is no such folder"
+        hint = "Name the folder that a run printed as its run folder"
+        raise UserError("run", run, f"is no run folder: {why}", hint) from error
+    if not isinstance(content, dict):
+        raise UserError("run", run, "its config.yaml cannot be understood", "Restore the file")
+    return content
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """State after a finished task.

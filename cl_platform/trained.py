@@ -25,7 +25,6 @@ from cl_platform.scenarios.decode import UnreadableImageError, decode, to_pixels
 from cl_platform.scenarios.facts import FILE, stored_channels, stream_from
 from cl_platform.trainer import build_trainer, quiet_libraries
 from cl_platform.unlearning import forgotten, journal
-from cl_platform.unlearning.reference import read_config
 
 if TYPE_CHECKING:
     from cl_platform.learner import ContinualLearner
@@ -102,7 +101,6 @@ class Trained:
         """
         quiet_libraries()
         path = Path(path)
-        read_config(path)  # refuses what is no run folder
         config = configuration_of(path, stream)
         _refuse_open_request(path)
         found = next(checkpoints(path), None)

@@ -1,14 +1,12 @@
 """No step makes the host wait for the device: steps run on a device without numbers, where reading one fails."""
 
 import pytest
-import torch
 from tiny import begun, config_of, digits, trainer_for
 
 import cl_platform.strategies  # noqa: F401
 from cl_platform import registry
 from cl_platform.scenarios import TaskLoader
-from cl_platform.slots import Slots
-from cl_platform.testing.stepping import NOTHING, NoBlockingCopies, autocast_without_numbers
+from cl_platform.testing.stepping import NOTHING, NoBlockingCopies, autocast_without_numbers, without_numbers
 
 READS = {  # name -> keys under which it does so at every step
     "gem": {},  # its Gram matrix goes to a solver on the host
@@ -26,20 +24,9 @@ def step_without_numbers(name, batches=2):
     config = config_of(name, strategy=READS.get(name, {}))
     stream = digits(3)
     learner = begun(config, stream, position=1)
-    learner._refuse_infinite = lambda: None  # read at every tenth step only
     task = stream.tasks[1]
-    for slots in (module for module in learner.modules() if isinstance(module, Slots)):
-        for task_id, slot in slots.tasks.items():  # whole numbers are read once, and kept on the host
-            for key, tensor in slot.named_buffers():
-                if tensor.dtype == torch.int64:
-                    slots.numbers(int(task_id), key)
     learner.trainer = trainer_for(config)
-    learner.to(NOTHING)
-    learner.groups = learner.composition.trainable()
-    if learner._train_query is not None:
-        learner._train_query = learner._train_query.to(NOTHING)
-    optimizer = learner.configure_optimizers()["optimizer"]
-    learner.context.optimizer = lambda: optimizer
+    optimizer = without_numbers(learner)
     for strategy in learner.composition.strategies:
         if hasattr(strategy, "_anchored"):
             strategy._anchored = None  # worked out once a task

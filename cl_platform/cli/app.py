@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from cl_platform.cli.doctor import doctor
 from cl_platform.cli.evaluate import evaluate
 from cl_platform.cli.export import export
 from cl_platform.cli.extend import extend
-from cl_platform.cli.failures import our_fault, refused
+from cl_platform.cli.failures import our_fault, reader_gone, refused
 from cl_platform.cli.listing import list_
 from cl_platform.cli.new import new
 from cl_platform.cli.predict import predict
@@ -114,9 +113,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `predict ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at its end
-        return 141
+    except BrokenPipeError:
+        return reader_gone()
     except Exception as error:
         return _misspelt(error) or our_fault(error)
     return code if isinstance(code, int) else 0

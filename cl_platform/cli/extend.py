@@ -47,8 +47,9 @@ def extend(run: Run, words: Words = None, as_json: Json = False) -> int:
     Example: cl-platform extend RUN scenario.path=more scenario.num_tasks=2
     """
     from cl_platform import continuing
+    from cl_platform.run_folder import read_config
 
-    extension = extension_of(continuing.raw_of(run), words or [], run)
+    extension = extension_of(read_config(run), words or [], run)
     return carried_on(run, lambda: continuing.extend(run, extension), as_json)
 
 

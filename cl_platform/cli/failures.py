@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
@@ -14,6 +15,12 @@ def refused(error: UserError, debug: bool) -> int:
         traceback.print_exc()
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
+
+
+def reader_gone() -> int:
+    """What follows when nobody reads the output any more, as in ``... | head``; gives the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at its end
+    return 141
 
 
 def our_fault(error: BaseException) -> int:

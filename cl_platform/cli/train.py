@@ -22,7 +22,7 @@ from cl_platform.cli.compose import (
     settled,
     sweep_runs,
 )
-from cl_platform.cli.failures import our_fault, refused
+from cl_platform.cli.failures import our_fault, reader_gone, refused
 from cl_platform.cli.sweep import DESK, Outcome, closing_table, outcomes_on, with_experiment
 from cl_platform.cli.talk import print_log, warn_of_broken_plugins
 from cl_platform.errors import UserError
@@ -62,9 +62,8 @@ def train(arguments: Sequence[str]) -> int:
         return 130
     except SystemExit as error:
         return int(error.code or 0)
-    except BrokenPipeError:  # as in `train.py --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at its end
-        return 141
+    except BrokenPipeError:
+        return reader_gone()
     except Exception as error:
         return our_fault(error)
 

@@ -149,8 +149,21 @@ def autocast_without_numbers() -> Iterator[None]:
 
 def _step_without_numbers(learner: ContinualLearner, task: Task) -> None:
     """The first step of a task on the device without numbers; the rule's own arithmetic is left out."""
-    learner._refuse_infinite = lambda: None  # type: ignore[method-assign]  # asked at every tenth step only
     learner.begin_task(task, 1)
+    optimizer = without_numbers(learner)
+    loader = TaskLoader(task.train, task.task_id, BATCH, learner.options.seed)
+    moved = learner.transfer_batch_to_device(next(iter(loader)), NOTHING, 0)
+    with autocast_without_numbers(), NoBlockingCopies():
+        learner.training_step(moved, 0).backward()
+        learner.on_after_backward()
+        learner.on_before_optimizer_step(optimizer)
+        learner.composition.after_update(learner._last_step)  # type: ignore[arg-type]
+        learner.on_train_batch_end(None, moved, 0)
+
+
+def without_numbers(learner: ContinualLearner) -> torch.optim.Optimizer:
+    """Move a learner whose task has begun to the device without numbers; gives the task's update rule."""
+    learner._refuse_infinite = lambda: None  # type: ignore[method-assign]  # asked at every tenth step only
     for slots in (module for module in learner.modules() if isinstance(module, Slots)):
         for task_id, slot in slots.tasks.items():  # whole numbers are read once, and kept on the host
             for key, tensor in slot.named_buffers():
@@ -160,13 +173,6 @@ def _step_without_numbers(learner: ContinualLearner, task: Task) -> None:
     learner.groups = learner.composition.trainable()
     if learner._train_query is not None:
         learner._train_query = learner._train_query.to(NOTHING)
-    optimizer = learner.configure_optimizers()["optimizer"]
+    optimizer: torch.optim.Optimizer = learner.configure_optimizers()["optimizer"]
     learner.context.optimizer = lambda: optimizer
-    loader = TaskLoader(task.train, task.task_id, BATCH, learner.options.seed)
-    moved = learner.transfer_batch_to_device(next(iter(loader)), NOTHING, 0)
-    with autocast_without_numbers(), NoBlockingCopies():
-        learner.training_step(moved, 0).backward()
-        learner.on_after_backward()
-        learner.on_before_optimizer_step(optimizer)
-        learner.composition.after_update(learner._last_step)  # type: ignore[arg-type]
-        learner.on_train_batch_end(None, moved, 0)
+    return optimizer

@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cl_platform.errors import UserError
 from cl_platform.files import write_atomically
-from cl_platform.run_folder import checkpoints, to_json
+from cl_platform.run_folder import checkpoints, read_config, to_json
 from cl_platform.unlearning.audit import AuditLog
 from cl_platform.unlearning.canonical import canonical_json
 from cl_platform.unlearning.sequence import parse
@@ -77,23 +75,6 @@ class Reference:
 
 
 # -- configuration --------------------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.yaml`` of a run folder.
-
-    Raises:
-        UserError: no run folder, or a damaged file.
-    """
-    try:
-        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(
-            "run", folder, "is no run folder: it has no readable config.yaml", "Name the folder of a run"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError("run", folder, "its config.yaml cannot be understood", "Restore the file")
-    return content
 
 
 def skipped_by(config: Mapping[str, Any]) -> tuple[int, ...]:

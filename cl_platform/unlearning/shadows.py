@@ -15,9 +15,10 @@ from cl_platform.errors import UserError
 from cl_platform.metrics import attacks
 from cl_platform.metrics.divergence import js_groups, over_classes
 from cl_platform.metrics.measured import Measured, undefined
+from cl_platform.run_folder import read_config
 from cl_platform.unlearning.figures import Models, Sides
 from cl_platform.unlearning.models import Build, TaskAnswers, answers_to, checkpoint_after, restored
-from cl_platform.unlearning.reference import Maker, price_of, read_config, reference_config
+from cl_platform.unlearning.reference import Maker, price_of, reference_config
 
 if TYPE_CHECKING:
     from cl_platform.scenarios import Task

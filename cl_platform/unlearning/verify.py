@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cl_platform.errors import UserError
 from cl_platform.metrics.forgetting import NO_ORIGINAL, RELEARNING_STEPS
 from cl_platform.metrics.measured import Measured, undefined
-from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints
+from cl_platform.run_folder import Checkpoint, RunFolder, checkpoints, read_config
 from cl_platform.unlearning import certificate as certificates
 from cl_platform.unlearning import forgotten as records
 from cl_platform.unlearning import journal
@@ -21,7 +21,7 @@ from cl_platform.unlearning.figures import Models, Sides, figures, leading_score
 from cl_platform.unlearning.lineage import holders, learnt_state
 from cl_platform.unlearning.models import Answers, Build, ask, checkpoint_after, restored, task_images
 from cl_platform.unlearning.recorded import recorded_accuracies
-from cl_platform.unlearning.reference import Maker, Reference, Train, named, owner_of, read_config, remove_stale
+from cl_platform.unlearning.reference import Maker, Reference, Train, named, owner_of, remove_stale
 from cl_platform.unlearning.relapse import relapse_of
 from cl_platform.unlearning.relearn import relearn, relearning, target_of
 from cl_platform.unlearning.shadows import Shadows, shadow_figures

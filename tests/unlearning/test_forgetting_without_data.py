@@ -7,9 +7,7 @@ import pytest
 import yaml
 from image_runs import images, words_for
 from shelf import newest
-from tiny import tiny_vit
 
-from cl_platform import building
 from cl_platform.cli.app import run as command
 from cl_platform.cli.compose import compose
 from cl_platform.errors import UserError
@@ -23,12 +21,7 @@ from cl_platform.unlearning.engine import Wish
 NOT_MEASURED = "accuracies of the kept tasks"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    """All runs here are of a tiny network."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(building, "build_backbone", lambda config, seed: tiny_vit())
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,7 @@ import json
 import pytest
 from image_runs import images, words_for
 from shelf import learn
-from tiny import tiny_vit
 
-from cl_platform import building
 from cl_platform.cli.app import run as command
 from cl_platform.cli.compose import compose
 from cl_platform.errors import UserError
@@ -18,12 +16,7 @@ from cl_platform.unlearning.choice import Option, Price, choose
 REQUEST = "unlearning.requests=[{after_task: 1, forget: 0}]"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    """All runs here are of a tiny network."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(building, "build_backbone", lambda config, seed: tiny_vit())
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
 
 
 def test_of_the_data_cache_the_runs_data_set_goes_when_it_is_asked_for_and_no_other(tmp_path, capsys):

@@ -4,24 +4,14 @@ import json
 
 import pytest
 from shelf import forget, learn
-from tiny import tiny_vit
 
-from cl_platform import building
 from cl_platform.cli.app import run as command
-from cl_platform.metrics.measured import undefined
-from cl_platform.unlearning import verify as verifying
 
 SEQUENCE = "R0 T1 T2 R3 R1 F2 T4 F4"
 CLPU = ("strategy=clpu_derpp", "strategy.clpu.per_task=4", "strategy.clpu.memory_batch=4", "evaluation=boundaries")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    """All runs here are of a tiny network, and none is relearnt for a figure."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(building, "build_backbone", lambda config, seed: tiny_vit())
-        patched.setattr(verifying, "relearn", lambda *_: undefined("not asked for here"))
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_backbone")
 
 
 @pytest.fixture(scope="module")
